@@ -1,0 +1,45 @@
+"""Studies: one file per question asked of a model.
+
+`STUDIES` names them; `build` makes a configured one. A study reads a `Subject` chunk by chunk, keeps per-example
+records, and computes every scalar, interval, table and figure from the records alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+from robust_vit import errors
+from robust_vit.studies.study import Comparison as Comparison
+from robust_vit.studies.study import Finding as Finding
+from robust_vit.studies.study import Study as Study
+from robust_vit.studies.study import Subject as Subject
+
+STUDIES = {
+    "accuracy": "robust_vit.studies.accuracy:Accuracy",
+    "attack_curve": "robust_vit.studies.attack_curve:AttackCurve",
+    "calibration": "robust_vit.studies.calibration:Calibration",
+    "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
+}
+
+
+def build(name: str, **options: Any) -> Study:
+    """A configured study.
+
+    Args:
+      name: a key of `STUDIES`.
+      **options: settings of that study (its dataclass fields); lists become tuples, so settings read from JSON fit.
+
+    Raises:
+      UserError: for an unknown study or option (naming the nearest), or a value that the study refuses.
+    """
+    if name not in STUDIES:
+        raise errors.unknown("study", name, STUDIES)
+    module, attribute = STUDIES[name].split(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    known = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in known:
+            raise errors.unknown(f"option of study {name!r}", option, known)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})

@@ -1,0 +1,193 @@
+"""What a study is: its subject, its settings, what it found, and how two findings are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from matplotlib import figure as matplotlib_figure
+
+from robust_vit import classifier as classifiers
+from robust_vit import errors, tables
+
+EXHIBIT = "exhibit/"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """A model with everything that a study may ask of it.
+
+    Attributes:
+      classifier: the model, canonical pixels to logits.
+      test: the evaluation stream that studies read (`with_batch`, `batch`, `len`, `num_examples`).
+      validation: the stream that decides hyper-parameters such as a temperature, or None.
+      train: the augmented training stream (`batch(step)`), or None.
+      num_classes: how many logits the model gives.
+      class_names: one name a class, or empty.
+      name: the run's name.
+      image_source: the data set's name, as the evaluation card prints it.
+      threat: the threat model's name that attacks of this subject default to, or None.
+      weight_decay: the coefficient of the L2 term of the objective that the model was trained with.
+      label_smoothing: share of the training target spread over all classes.
+      seed: of every draw that a study makes.
+    """
+
+    classifier: classifiers.Classifier | classifiers.Wrapped
+    test: Any
+    num_classes: int
+    validation: Any = None
+    train: Any = None
+    class_names: tuple[str, ...] = ()
+    name: str = "model"
+    image_source: str = ""
+    threat: str | None = None
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finding:
+    """What a study found about one subject.
+
+    Attributes:
+      settings: the study's settings, `name` among them: `studies.build(**settings)` makes the study again.
+      records: per-example arrays of equal leading length, and exhibits.
+      summary: what `Study.summarise` made of the records; plain JSON.
+      provenance: versions, hardware, wall time, data fingerprint: whatever is no function of the records.
+    """
+
+    settings: Mapping[str, Any]
+    records: Mapping[str, np.ndarray]
+    summary: Mapping[str, Any]
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A difference between two findings, second minus first.
+
+    Attributes:
+      quantity: what differs, with its condition, for example "accuracy at epsilon 0.1".
+      difference: the second finding's number minus the first's.
+      low: lower end of the interval of the difference.
+      high: upper end.
+      p_value: of the hypothesis of no difference, not adjusted: the report adjusts over its whole family (Holm).
+      test: the test's name.
+      over: what the interval and the test are over, for example "images".
+      format: how to print the difference.
+    """
+
+    quantity: str
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    test: str
+    over: str
+    format: str = "+.3f"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """The base of every study: a frozen dataclass of settings with defaults.
+
+    A subclass sets the class attributes and defines `chunks`, `chunk`, `summarise`, `figures` and `tables`.
+
+    Attributes:
+      name: the key in `studies.STUDIES`.
+      title: a heading.
+      question: the question that it answers, in a sentence for a reader who knows no jargon.
+      paper: authors, year and arXiv id of what it reproduces.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    question: ClassVar[str]
+    paper: ClassVar[str]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as a plain dict with the study's `name`; equal settings give equal records."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def applicable(self, subject: Subject) -> str | None:
+        """Why this study cannot be made of the subject, in one sentence; None where it can."""
+        del subject
+        return None
+
+    def chunks(self, subject: Subject) -> int:
+        """How many chunks the work is cut into."""
+        raise TypeError(f"{type(self).__name__} does not define chunks")
+
+    def chunk(self, subject: Subject, index: int) -> dict[str, np.ndarray]:
+        """The records of one chunk: a pure function of subject, settings and index.
+
+        All arrays have the same leading length, the number of real examples; `row` and `label` are among them. Keys
+        that start with "exhibit/" have a leading length of their own.
+        """
+        raise TypeError(f"{type(self).__name__} does not define chunk")
+
+    def summarise(self, records: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Every scalar with its interval, as plain JSON; `caveats` lists what a reader must know, in sentences."""
+        raise TypeError(f"{type(self).__name__} does not define summarise")
+
+    def figures(self, findings: Mapping[str, Finding]) -> dict[str, matplotlib_figure.Figure]:
+        """Figures by name, with all runs side by side."""
+        del findings
+        return {}
+
+    def tables(self, findings: Mapping[str, Finding]) -> dict[str, tables.Table]:
+        """Tables by name, one row or more a run."""
+        del findings
+        return {}
+
+    def compare(self, first: Finding, second: Finding) -> list[Comparison]:
+        """Differences, second minus first, paired on row ids where records are per image."""
+        del first, second
+        return []
+
+    def card(self, finding: Finding) -> dict[str, Any]:
+        """What the evaluation card says of this study: settings, subset, guards, caveats."""
+        return {
+            "study": self.name,
+            "paper": self.paper,
+            "settings": self.settings(),
+            "examples": count(finding.records),
+            "caveats": list(finding.summary.get("caveats", ())),
+        }
+
+    def run(self, subject: Subject) -> Finding:
+        """All chunks in memory, summarised: for notebooks and tests. `robust_vit.evaluate` also survives being killed."""
+        reason = self.applicable(subject)
+        if reason is not None:
+            raise errors.UserError(f"study {self.name!r} does not apply: {reason}")
+        records = merge([self.chunk(subject, index) for index in range(self.chunks(subject))])
+        return Finding(self.settings(), records, self.summarise(records))
+
+
+def merge(chunks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Chunks joined in order; a key that only some chunks have (an exhibit) is joined over those."""
+    names = sorted({name for chunk in chunks for name in chunk})
+    return {name: np.concatenate([chunk[name] for chunk in chunks if name in chunk]) for name in names}
+
+
+def count(records: Mapping[str, np.ndarray]) -> int:
+    """The number of examples in the records."""
+    return next((len(value) for name, value in records.items() if not name.startswith(EXHIBIT)), 0)
+
+
+def pair(first: Finding, second: Finding) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in both findings' records of the rows that both have, in the order of the rows.
+
+    Empty where the rows are not those of the same images: another data set, or another label for a row.
+    """
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    fingerprints = [finding.provenance.get("data_fingerprint") for finding in (first, second)]
+    if None not in fingerprints and fingerprints[0] != fingerprints[1]:
+        return nothing
+    _, left, right = np.intersect1d(first.records["row"], second.records["row"], return_indices=True)
+    if not np.array_equal(first.records["label"][left], second.records["label"][right]):
+        return nothing
+    return left, right
