@@ -159,7 +159,7 @@ class Study:
         }
 
     def run(self, subject: Subject) -> Finding:
-        """All chunks in memory, summarised: for notebooks and tests. `robust_vit.evaluate` also survives being killed."""
+        """All chunks, in memory, summarised. `robust_vit.evaluate` does the same on disk and survives being killed."""
         reason = self.applicable(subject)
         if reason is not None:
             raise errors.UserError(f"study {self.name!r} does not apply: {reason}")

@@ -1,0 +1,1 @@
+"""Numbers from outputs, and the statistics that say how sure they are."""

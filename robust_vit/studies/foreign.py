@@ -1,0 +1,166 @@
+"""A subject made of a model that this library did not define: a function, arrays or a folder, and what could be wrong with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_vit import classifier as classifiers
+from robust_vit import data, errors
+from robust_vit.studies import study
+
+
+def subject(
+    model: Any,
+    images: Any,
+    labels: Any = None,
+    *,
+    variables: Any = None,
+    class_names: Iterable[str] | None = None,
+    threat: str | None = None,
+    name: str = "model",
+    batch: int = 128,
+    train: tuple[Any, Any] | None = None,
+    validation: tuple[Any, Any] | None = None,
+    preprocess: tuple[str, ...] = (),
+    weight_decay: float = 0.0,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+) -> study.Subject:
+    """A `Subject` of a foreign model, after a look at everything that makes numbers silently wrong. Two forward passes.
+
+    Arguments and errors are those of `robust_vit.evaluate.report_card`.
+    """
+    class_names = tuple(class_names) if class_names else None
+    judged = _as_classifier(model, variables)
+    source = _source(images, labels, class_names, "the images")
+    test = data.EvaluationStream(source, batch=min(batch, len(source)), preprocess=preprocess)
+    num_classes = _check_model(judged, test.batch(0))
+    _check_labels(source, num_classes, "the labels")
+    held_out = training = None
+    if validation is not None:
+        held_out = _source(*validation, class_names, "the validation images")
+        _check_labels(held_out, num_classes, "the validation labels")
+        held_out = data.EvaluationStream(held_out, batch=min(batch, len(held_out)), preprocess=preprocess)
+    if train is not None:
+        training = _source(*train, class_names, "the training images")
+        _check_labels(training, num_classes, "the training labels")
+        training = data.TrainingStream(training, batch=min(batch, len(training)), preprocess=preprocess, seed=seed)
+    return study.Subject(
+        classifier=judged,
+        test=test,
+        validation=held_out,
+        train=training,
+        num_classes=num_classes,
+        class_names=tuple(class_names or source.class_names),
+        name=name,
+        image_source=source.name,
+        threat=threat,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        seed=seed,
+    )
+
+
+@jax.jit
+def _logits(judged: classifiers.Classifier | classifiers.Wrapped, images: jax.Array) -> jax.Array:
+    return judged(images)
+
+
+def _as_classifier(model: Any, variables: Any) -> classifiers.Classifier | classifiers.Wrapped:
+    if isinstance(model, classifiers.Classifier | classifiers.Wrapped):
+        if variables is not None:
+            raise errors.UserError("variables were given beside a classifier that holds its own: leave them out.")
+        return model
+    if hasattr(model, "apply") and hasattr(model, "init"):
+        raise errors.UserError(
+            f"{type(model).__name__} is a Linen module: give a function (variables, images) -> logits that calls its "
+            "apply, and its variables as variables=."
+        )
+    if not callable(model):
+        raise errors.UserError(f"the model is a {type(model).__name__}: expected a function images -> logits.")
+    return classifiers.wrap(model, variables)
+
+
+def _source(images: Any, labels: Any, class_names: tuple[str, ...] | None, what: str) -> Any:
+    if isinstance(images, str | os.PathLike):
+        if labels is not None:
+            raise errors.UserError("labels were given beside an image folder: the folder's class names are its labels.")
+        return data.from_folder(images)
+    images = np.asarray(images)
+    if labels is None:
+        raise errors.UserError(f"{what} came without labels: give one class index an image.")
+    labels = np.asarray(labels)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        raise errors.UserError(
+            f"{what} have shape {images.shape}: expected [examples, height, width, 1 or 3] (channels last)."
+        )
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise errors.UserError(
+            f"the labels have shape {labels.shape} and type {labels.dtype}: expected one class index an image "
+            "(take argmax of one-hot rows)."
+        )
+    if len(labels) != len(images):
+        raise errors.UserError(f"{what} are {len(images)} and the labels {len(labels)}: expected as many.")
+    if images.dtype != np.uint8:
+        _check_pixels(images, what)
+    return data.from_arrays(images, labels, class_names=class_names)
+
+
+def _check_pixels(images: np.ndarray, what: str) -> None:
+    if not np.issubdtype(images.dtype, np.floating):
+        raise errors.UserError(f"{what} are of type {images.dtype}: give uint8, or floats in [0, 1].")
+    if not np.isfinite(images).all():
+        raise errors.UserError(f"{what} hold a NaN or an infinity: expected pixels in [0, 1].")
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        remedy = "divide by 255" if low >= 0 and high <= 255 else "undo the normalisation and put it inside the model"
+        raise errors.UserError(f"{what} lie in [{low:.3g}, {high:.3g}]: expected pixels in [0, 1]; {remedy}.")
+
+
+def _check_labels(source: Any, num_classes: int, what: str) -> None:
+    if source.num_classes > num_classes:
+        raise errors.UserError(
+            f"{what} reach {source.num_classes - 1} and the model gives {num_classes} logits: "
+            f"expected labels from 0 to {num_classes - 1}."
+        )
+
+
+def _check_model(judged: classifiers.Classifier | classifiers.Wrapped, batch: Mapping[str, Any]) -> int:
+    """Runs one batch twice and returns the number of classes; a `UserError` for what no study could be right about."""
+    images = jnp.asarray(batch["image"])
+    try:
+        logits, again = (np.asarray(_logits(judged, images)) for _ in range(2))
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        raise errors.UserError(
+            "the model is no JAX function (it turns its images into NumPy or Python numbers): write it with jax.numpy, "
+            "for attacks differentiate it."
+        ) from error
+    except (TypeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise errors.UserError(f"the model fails on images of shape {images.shape}: {first}") from error
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        raise errors.UserError(
+            f"the model gives shape {logits.shape} for {len(images)} images: expected [{len(images)}, classes]."
+        )
+    if not np.isfinite(logits).all():
+        raise errors.UserError(
+            "the model gives NaN or infinite logits on the first batch: look at its normalisation and at logarithms of 0."
+        )
+    if not np.array_equal(logits, again):
+        raise errors.UserError(
+            "the model gives different logits for the same images: switch off dropout and other randomness."
+        )
+    if logits.min() >= 0 and np.allclose(logits.sum(-1), 1, atol=1e-3):
+        raise errors.UserError(
+            "the model gives probabilities (rows in [0, 1] with sum 1): return the logits before the softmax, for attacks "
+            "and calibration need them."
+        )
+    return logits.shape[1]
