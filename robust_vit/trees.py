@@ -14,13 +14,13 @@ PyTree = Any
 
 
 def dot(left: PyTree, right: PyTree) -> jax.Array:
-    """Inner product over all leaves, accumulated in float32."""
-    products = jax.tree.map(lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), left, right)
+    """Inner product over all leaves, accumulated in float32, or float64 where a leaf is float64."""
+    products = jax.tree.map(lambda a, b: jnp.sum(_widen(a) * _widen(b)), left, right)
     return sum(jax.tree.leaves(products), jnp.float32(0.0))
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm over all leaves, in float32."""
+    """Euclidean norm over all leaves, in float32 or wider."""
     return jnp.sqrt(dot(tree, tree))
 
 
@@ -69,6 +69,10 @@ def all_finite(tree: PyTree) -> jax.Array:
     """A scalar boolean: no leaf holds a NaN or an infinity."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
+
+
+def _widen(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _path_key(key: jax.Array, path: str) -> jax.Array:

@@ -1,0 +1,45 @@
+"""Attacks find a worst input: pure functions of a model, keys, images and labels.
+
+`build(name, **options)` makes an attack, `attack(model, keys, images, labels)` runs it on a batch as a pure function, and
+`run(attack, model, examples, slots=...)` runs it over many examples, refilling the slot of an example that is finished.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from robust_vit import errors
+from robust_vit.attacks import norms, runner, skeleton, threats
+
+ATTACKS = {
+    "fgsm": "robust_vit.attacks.gradient:fgsm",
+    "pgd": "robust_vit.attacks.gradient:pgd",
+}
+
+Attack = skeleton.Attack
+AttackResult = skeleton.AttackResult
+NORMS = norms.NORMS
+THREATS = threats.THREATS
+ThreatModel = threats.ThreatModel
+example_keys = runner.example_keys
+threat = threats.threat
+
+
+def build(name: str, **options: Any) -> skeleton.Attack:
+    """The attack of that name.
+
+    Args:
+      name: one of `ATTACKS`.
+      **options: keyword arguments of the function that it names; an unknown one is a `UserError` with the nearest known.
+    """
+    if name not in ATTACKS:
+        raise errors.unknown("attack", name, ATTACKS)
+    module, attribute = ATTACKS[name].split(":")
+    factory = getattr(importlib.import_module(module), attribute)
+    known = inspect.signature(factory).parameters
+    for option in options:
+        if option not in known:
+            raise errors.unknown(f"option of attack {name!r}", option, known)
+    return factory(**options)
