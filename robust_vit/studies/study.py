@@ -11,6 +11,7 @@ from matplotlib import figure as matplotlib_figure
 
 from robust_vit import classifier as classifiers
 from robust_vit import errors, tables
+from robust_vit.metrics import statistics
 
 EXHIBIT = "exhibit/"
 
@@ -129,6 +130,11 @@ class Study:
         """
         raise TypeError(f"{type(self).__name__} does not define chunk")
 
+    def passes(self, subject: Subject) -> tuple[int, int]:
+        """Forward and backward passes of one example that the whole study will execute, for planning."""
+        del subject
+        return 0, 0
+
     def summarise(self, records: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Every scalar with its interval, as plain JSON; `caveats` lists what a reader must know, in sentences."""
         raise TypeError(f"{type(self).__name__} does not define summarise")
@@ -141,6 +147,11 @@ class Study:
     def tables(self, findings: Mapping[str, Finding]) -> dict[str, tables.Table]:
         """Tables by name, one row or more a run."""
         del findings
+        return {}
+
+    def headline(self, finding: Finding) -> dict[str, tables.Number]:
+        """The one or two numbers of this study that stand in the report's first table, by column heading."""
+        del finding
         return {}
 
     def compare(self, first: Finding, second: Finding) -> list[Comparison]:
@@ -191,3 +202,24 @@ def pair(first: Finding, second: Finding) -> tuple[np.ndarray, np.ndarray]:
     if not np.array_equal(first.records["label"][left], second.records["label"][right]):
         return nothing
     return left, right
+
+
+def number(entry: Mapping[str, Any] | None, format: str) -> tables.Number | None:
+    """A table's cell of a summary's entry with `value`, `low`, `high` and `over`."""
+    if entry is None:
+        return None
+    return tables.Number(entry["value"], entry.get("low"), entry.get("high"), entry.get("over", ""), format)
+
+
+def comparison(quantity: str, difference: statistics.Interval, test: statistics.Test | None, format: str) -> Comparison:
+    """A difference with its interval and its test."""
+    return Comparison(
+        quantity,
+        difference.value,
+        difference.low,
+        difference.high,
+        None if test is None else test.p_value,
+        "" if test is None else test.method,
+        difference.over,
+        format,
+    )
