@@ -36,7 +36,7 @@ class Norm:
     draw: Callable
 
 
-def _linf_measure(differences: Float[Array, "batch *image"]) -> Float[Array, "batch"]:
+def _linf_measure(differences: Float[Array, "batch height width channels"]) -> Float[Array, " batch"]:
     return jnp.max(jnp.abs(differences), axis=_features(differences))
 
 
@@ -54,7 +54,7 @@ def _linf_draw(keys: jax.Array, like: jax.Array, radius: jax.Array) -> jax.Array
     return _broadcast(radius, like) * draw(keys)
 
 
-def _l2_measure(differences: Float[Array, "batch *image"]) -> Float[Array, "batch"]:
+def _l2_measure(differences: Float[Array, "batch height width channels"]) -> Float[Array, " batch"]:
     return _l2_parts(differences)[1]
 
 

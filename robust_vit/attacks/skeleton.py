@@ -66,15 +66,15 @@ class State(flax.struct.PyTreeNode):
       vanished: evaluations whose gradient was zero everywhere or not finite: a mark of masking.
     """
 
-    keys: Key[Array, "batch"]
+    keys: Key[Array, " batch"]
     clean: Float[Array, "batch height width channels"]
-    labels: Int[Array, "batch"]
+    labels: Int[Array, " batch"]
     images: Float[Array, "batch height width channels"]
-    count: Int[Array, "batch"]
-    done: Bool[Array, "batch"]
-    success: Bool[Array, "batch"]
+    count: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
+    success: Bool[Array, " batch"]
     best: Float[Array, "batch height width channels"]
-    vanished: Int[Array, "batch"]
+    vanished: Int[Array, " batch"]
 
 
 class AttackResult(flax.struct.PyTreeNode):
@@ -93,13 +93,13 @@ class AttackResult(flax.struct.PyTreeNode):
     """
 
     images: Float[Array, "batch height width channels"]
-    success: Bool[Array, "batch"]
-    prediction: Int[Array, "batch"]
-    loss: Float[Array, "batch"]
-    distance: Float[Array, "batch"]
-    forward_passes: Int[Array, "batch"]
-    backward_passes: Int[Array, "batch"]
-    vanished: Int[Array, "batch"]
+    success: Bool[Array, " batch"]
+    prediction: Int[Array, " batch"]
+    loss: Float[Array, " batch"]
+    distance: Float[Array, " batch"]
+    forward_passes: Int[Array, " batch"]
+    backward_passes: Int[Array, " batch"]
+    vanished: Int[Array, " batch"]
 
 
 class Attack(flax.struct.PyTreeNode):
@@ -137,7 +137,7 @@ class Attack(flax.struct.PyTreeNode):
         """Forward and backward passes that one example takes at most; judging adds one forward pass."""
         return self.restarts * (self.steps + 1) if self.random_start else self.steps
 
-    def sweep(self, epsilons: Float[Array, "sweep"]) -> Attack:
+    def sweep(self, epsilons: Float[Array, " sweep"]) -> Attack:
         """This attack at each radius, its numbers stacked: `jax.vmap(lambda a: a(model, keys, images, labels))(a.sweep(e))`."""
         epsilons = jnp.asarray(epsilons, jnp.result_type(float))
         return self.replace(epsilon=epsilons, relative_step=jnp.broadcast_to(self.relative_step, epsilons.shape))
@@ -145,9 +145,9 @@ class Attack(flax.struct.PyTreeNode):
     def __call__(
         self,
         model: Model,
-        keys: Key[Array, "batch"],
+        keys: Key[Array, " batch"],
         images: Float[Array, "batch height width channels"],
-        labels: Int[Array, "batch"],
+        labels: Int[Array, " batch"],
     ) -> AttackResult:
         """Attacks a batch: pure, of fixed shape, compiled once for all models of equal structure and all numbers.
 

@@ -1,0 +1,30 @@
+"""Curvature: second derivatives as operators on pytrees, and solvers that say how far to trust what they return.
+
+`hessian(loss, params, batch)` makes an operator and `lanczos(operator, key, rank=..., top=...)` its extreme eigenvalues.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from robust_vit import errors
+from robust_vit.curvature import krylov, operators
+
+OPERATORS = {
+    "hessian": "robust_vit.curvature.operators:hessian",
+}
+
+Eigenvalues = krylov.Eigenvalues
+Operator = operators.Operator
+asymmetry = operators.asymmetry
+hessian = operators.hessian
+lanczos = krylov.lanczos
+
+
+def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:
+    """The operator of that name, one of `OPERATORS`, from the arguments and options of the function that it names."""
+    if name not in OPERATORS:
+        raise errors.unknown("operator", name, OPERATORS)
+    module, attribute = OPERATORS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)(*arguments, **options)

@@ -1,0 +1,278 @@
+"""Lanczos with full, two-pass reorthogonalisation on pytrees: eigenvalues with residuals, and no ghosts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float, Int, Key
+
+from robust_vit import errors, loops, trees
+from robust_vit.curvature import operators
+
+PyTree = Any
+ORDERS = {
+    "magnitude": lambda values: np.argsort(-np.abs(values), kind="stable"),
+    "largest": lambda values: np.argsort(-values, kind="stable"),
+    "smallest": lambda values: np.argsort(values, kind="stable"),
+}
+# A coupling below this many units of rounding of |A| is zero. The square root of it, a common choice, cuts true couplings.
+BREAKDOWN = 64
+
+
+class Krylov(flax.struct.PyTreeNode):
+    """A Lanczos decomposition `A Q = Q T + beta[-1] q e'`, as far as it has come.
+
+    Attributes:
+      basis: like the vectors with a leading axis `[rank]`; rows from `size` on are zero.
+      following: the unit vector that the next step starts from.
+      alpha: diagonal of T, `[rank]`.
+      beta: couplings, `[rank]`: `beta[j]` between vectors j and j+1; zero where an invariant subspace was complete.
+      scale: the largest `|A q|` met: a lower bound of |A|.
+      size: steps done.
+      key: of the fresh directions after a breakdown.
+    """
+
+    basis: PyTree
+    following: PyTree
+    alpha: Float[Array, " rank"]
+    beta: Float[Array, " rank"]
+    scale: Float[Array, ""]
+    size: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eigenvalues:
+    """Eigenvalues of an operator, with what is needed to trust them. Plain NumPy in float64.
+
+    Attributes:
+      values: `[top]`, in the order asked for.
+      residuals: `[top]`: `|A y - value y|` of each unit Ritz vector, so an eigenvalue of A is no farther away than this; the
+        Lanczos estimate `|beta s|`, or computed outright where `verify` was set.
+      converged: `[top]`: the residual is within `tolerance * |value|`, or within the rounding of the arithmetic.
+      noise: `64 eps |A|`: an eigenvalue nearer to zero than this has no sign.
+      applications: of the operator.
+      ritz: `[steps]`, every Ritz value, ascending.
+      weights: `[steps]`: the squared share of the starting vector in each; they sum to one and `sum(weights * ritz)` is the
+        quadratic form of the starting vector (the nodes and weights of stochastic Lanczos quadrature).
+      vectors: like the operator's vectors with a leading axis `[top]`, or None.
+    """
+
+    values: Float[np.ndarray, " top"]
+    residuals: Float[np.ndarray, " top"]
+    converged: np.ndarray
+    noise: float
+    applications: int
+    ritz: Float[np.ndarray, " steps"]
+    weights: Float[np.ndarray, " steps"]
+    vectors: PyTree | None = None
+
+
+def start(operator: operators.Operator, key: Key[Array, ""], *, rank: int) -> Krylov:
+    """An empty decomposition with room for `rank` vectors, whose first is drawn from the key."""
+    return _start(operator.like, key, rank)
+
+
+def extend(operator: operators.Operator, krylov: Krylov, *, steps: int) -> Krylov:
+    """The decomposition after `steps` more steps: one application each. Pure: jits and vmaps."""
+    return loops.repeat(_step, krylov, steps, operator)
+
+
+def lanczos(
+    operator: operators.Operator,
+    key: Key[Array, ""],
+    *,
+    rank: int = 100,
+    top: int = 5,
+    which: str = "magnitude",
+    tolerance: float = 1e-3,
+    check_every: int | None = None,
+    verify: bool = False,
+    vectors: bool = False,
+) -> Eigenvalues:
+    """The extreme eigenvalues of a symmetric operator (Lanczos 1950), with residuals.
+
+    Full reorthogonalisation in two passes, so a value appears as often as the operator has it and never as a ghost; a
+    complete invariant subspace is followed by a fresh direction, so neither rank deficiency nor multiplicity makes a NaN. The
+    small tridiagonal problem is solved in float64 on the host.
+
+    Cost: up to `rank` applications, plus `top` with `verify`; memory of `rank + 3` vectors. One compilation for each
+    operator structure and rank, none for new batches, parameters or keys.
+
+    Args:
+      operator: the map.
+      key: draws the starting vector.
+      rank: steps at most; no more than the dimension is ever taken.
+      top: how many eigenvalues to return; no more than the dimension.
+      which: `magnitude`, `largest` or `smallest`.
+      tolerance: relative residual at which a value counts as converged.
+      check_every: look every so many steps whether all `top` values have converged, and stop; None takes all steps.
+      verify: compute the residuals outright from the Ritz vectors rather than by the Lanczos estimate.
+      vectors: return the Ritz vectors too.
+
+    Raises:
+      UserError: the operator returned a NaN or an infinity.
+    """
+    if which not in ORDERS:
+        raise errors.unknown("order of eigenvalues", which, ORDERS)
+    dimension = trees.count(operator.like)
+    top = min(top, dimension)
+    if top < 1 or rank < top:
+        raise errors.UserError(f"rank is {rank} for {top} eigenvalues: expected at least as many steps as eigenvalues.")
+    rank = min(rank, dimension)
+    krylov = start(operator, key, rank=rank)
+    size = 0
+    while size < rank:
+        steps = min(check_every or rank, rank - size)
+        krylov = extend(operator, krylov, steps=steps)
+        size += steps
+        found, coefficients = _solve(krylov, size, top, which, tolerance)
+        # Where an invariant subspace has just been completed, its residuals are zero and say nothing about the rest.
+        if check_every and size >= top and found.converged.all() and float(krylov.beta[size - 1]) > 0:
+            break
+    applications = size
+    if verify or vectors:
+        eigenvectors = _ritz_vectors(krylov, size, coefficients)
+        if verify:
+            residuals = np.asarray(_residuals(operator, eigenvectors, jnp.asarray(found.values)), np.float64)
+            applications += top
+            converged = residuals <= np.maximum(tolerance * np.abs(found.values), found.noise)
+            found = dataclasses.replace(found, residuals=residuals, converged=converged)
+        if vectors:
+            found = dataclasses.replace(found, vectors=eigenvectors)
+    return dataclasses.replace(found, applications=applications)
+
+
+def _solve(krylov: Krylov, size: int, top: int, which: str, tolerance: float) -> tuple[Eigenvalues, np.ndarray]:
+    alpha = np.asarray(krylov.alpha, np.float64)[:size]
+    beta = np.asarray(krylov.beta, np.float64)[:size]
+    scale = float(krylov.scale)
+    if not (np.isfinite(alpha).all() and np.isfinite(beta).all() and np.isfinite(scale)):
+        step = int(np.argmin(np.isfinite(alpha) & np.isfinite(beta)))
+        raise errors.UserError(
+            f"the operator returned a value that is not finite at application {step + 1}: check that the loss and its second "
+            "derivative are finite at these parameters and this batch."
+        )
+    ritz, coefficients = scipy.linalg.eigh_tridiagonal(alpha, beta[:-1])
+    order = ORDERS[which](ritz)[:top]
+    residuals = np.abs(beta[-1] * coefficients[-1])[order]
+    values = ritz[order]
+    noise = float(BREAKDOWN * jnp.finfo(krylov.alpha.dtype).eps * scale)
+    found = Eigenvalues(
+        values=values,
+        residuals=residuals,
+        converged=residuals <= np.maximum(tolerance * np.abs(values), noise),
+        noise=noise,
+        applications=size,
+        ritz=ritz,
+        weights=coefficients[0] ** 2,
+    )
+    return found, coefficients[:, order]
+
+
+def _ritz_vectors(krylov: Krylov, size: int, coefficients: np.ndarray) -> PyTree:
+    padded = np.pad(coefficients, ((0, krylov.alpha.shape[0] - size), (0, 0)))
+    return _combine_many(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype))
+
+
+def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Krylov:
+    """One step. The vector goes in by its number in the decomposition, so that the run may be cut anywhere."""
+    del index
+    position = krylov.size
+    vector = krylov.following
+    basis = jax.tree.map(lambda rows, v: rows.at[position].set(v), krylov.basis, vector)
+    image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
+    image = jax.tree.map(lambda w, v: w.astype(v.dtype), image, vector)
+    length = trees.norm(image).astype(krylov.scale.dtype)
+    scale = jnp.maximum(krylov.scale, length)
+    first, image = _orthogonalise(basis, image)
+    second, image = _orthogonalise(basis, image)
+    alpha = first[position] + second[position]
+    beta = trees.norm(image).astype(alpha.dtype)
+    # With `>` a NaN counts as no breakdown and is reported; the threshold is zero for the zero operator, hence the second test.
+    breaks = (beta <= BREAKDOWN * jnp.finfo(alpha.dtype).eps * scale) | (beta == 0)
+    following = jax.lax.cond(
+        breaks,
+        lambda: _fresh(jax.random.fold_in(krylov.key, position), basis),
+        lambda: trees.scale(1.0 / beta, image),
+    )
+    return krylov.replace(
+        basis=basis,
+        following=following,
+        alpha=krylov.alpha.at[position].set(alpha),
+        beta=krylov.beta.at[position].set(jnp.where(breaks, 0.0, beta)),
+        scale=scale,
+        size=position + 1,
+    )
+
+
+def _fresh(key: jax.Array, basis: PyTree) -> PyTree:
+    """A random unit vector orthogonal to the basis; zero where the basis spans everything."""
+    draw = trees.normal_like(key, jax.tree.map(lambda rows: rows[0], basis))
+    length = trees.norm(draw)
+    for _ in range(2):
+        _, draw = _orthogonalise(basis, draw)
+    rest = trees.norm(draw)
+    vanishes = rest <= BREAKDOWN * jnp.finfo(length.dtype).eps * length
+    draw = trees.scale(jnp.where(vanishes, 0.0, 1.0 / jnp.where(vanishes, 1.0, rest)), draw)
+    # Once more at unit length: what is left may be small beside the draw, and its rounding not orthogonal.
+    _, draw = _orthogonalise(basis, draw)
+    rest = trees.norm(draw)
+    return trees.scale(jnp.where(rest > 0, 1.0 / jnp.where(rest > 0, rest, 1.0), 0.0), draw)
+
+
+def _orthogonalise(basis: PyTree, vector: PyTree) -> tuple[jax.Array, PyTree]:
+    """Coefficients `[rank]` of the vector in the basis, and what is left of it: one pass of classical Gram-Schmidt."""
+    parts = jax.tree.map(_inner, basis, vector)
+    coefficients = sum(jax.tree.leaves(parts))
+    return coefficients, jax.tree.map(lambda rows, v: v - _combine(coefficients, rows), basis, vector)
+
+
+def _inner(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    return jnp.tensordot(rows, vector, axes=vector.ndim, precision="highest") if vector.ndim else rows * vector
+
+
+def _combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.tensordot(coefficients.astype(rows.dtype), rows, axes=1, precision="highest")
+
+
+@jax.jit
+def _combine_many(basis: PyTree, coefficients: jax.Array) -> PyTree:
+    return jax.tree.map(lambda rows: _combine(coefficients.T, rows), basis)
+
+
+def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree, values: jax.Array) -> jax.Array:
+    vector = jax.tree.map(lambda rows: rows[index], vectors)
+    image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
+    return total.at[index].set(trees.norm(trees.add(image, vector, -values[index])).astype(total.dtype))
+
+
+def _residuals(operator: operators.Operator, vectors: PyTree, values: jax.Array) -> jax.Array:
+    values = values.astype(jax.tree.leaves(vectors)[0].dtype)
+    return loops.repeat(_residual_step, jnp.zeros_like(values), values.shape[0], operator, vectors, values)
+
+
+def _start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
+    wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), like)
+    draw_key, fresh_key = jax.random.split(key)
+    draw = trees.normal_like(draw_key, wide)
+    following = trees.scale(1.0 / trees.norm(draw), draw)
+    dtype = jnp.result_type(*jax.tree.leaves(wide))
+    return Krylov(
+        basis=jax.tree.map(lambda leaf: jnp.zeros((rank, *leaf.shape), leaf.dtype), wide),
+        following=following,
+        alpha=jnp.zeros(rank, dtype),
+        beta=jnp.zeros(rank, dtype),
+        scale=jnp.zeros((), dtype),
+        size=jnp.int32(0),
+        key=fresh_key,
+    )
+
+
+_start = jax.jit(_start_like, static_argnums=2)
