@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from robust_vit import errors, files, trees
 
 PyTree = Any
+_logger = logging.getLogger(__name__)
 MANIFEST = "manifest"
 _PARTIAL = ".partial"
 _DELETED = ".deleted"
@@ -185,11 +186,31 @@ def restore(folder: os.PathLike | str, target: PyTree, *, step: int | None = Non
         damage = find_damage(path)
         if damage is None:
             return _read(path, candidate, target)
-        logging.warning("checkpoint of step %d is damaged (%s): falling back to the step before it", candidate, damage)
+        _logger.warning("checkpoint of step %d is damaged (%s): falling back to the step before it", candidate, damage)
     raise errors.UserError(
         f"every checkpoint in {folder} is damaged (steps {wanted}): restore the folder from a copy, or remove it to train "
         "from scratch."
     )
+
+
+def read_variables(folder: os.PathLike | str) -> PyTree:
+    """The variable collections of the newest intact train state in a folder, whatever its optimiser, as nested dicts.
+
+    The moving average of the parameters is taken where one was kept.
+
+    Raises:
+      errors.UserError: there is none.
+    """
+    folder = pathlib.Path(folder).absolute()
+    for step in reversed(steps(folder)):
+        path = folder / str(step)
+        damage = find_damage(path)
+        if damage is None:
+            with ocp.StandardCheckpointer() as reader:
+                raw = reader.restore(path)
+            return {"params": raw.get("average") or raw["params"], **(raw.get("model_state") or {})}
+        _logger.warning("checkpoint of step %d is damaged (%s): falling back to the step before it", step, damage)
+    raise errors.UserError(f"no intact checkpoint in {folder}: give the folder of a run that has saved one.")
 
 
 def find_damage(path: os.PathLike | str) -> str | None:

@@ -1,4 +1,4 @@
-"""The configuration: every key with its default, presets of data sets, and how the runs of a workdir are resolved.
+"""The configuration: every key with its default, and how the runs of a workdir are resolved.
 
 A file in `configs/` starts from `default()`, which is locked: an unknown key is an error that names the nearest known one.
 """
@@ -43,15 +43,21 @@ def default() -> ml_collections.ConfigDict:
     config.data.test_split = "test"
     config.data.validation = 0.1  # Share of the training rows, chosen by hash.
     config.data.split_seed = 0  # Of that hash; one value for all seeds, so that runs share their validation rows.
-    config.data.image_size = 32  # Pixels, height and width.
-    config.data.channels = 3
+    config.data.options = ml_collections.ConfigDict()  # Of the source, for example size=64 for textured_shapes.
+    config.data.image_size = ml_collections.config_dict.placeholder(
+        int
+    )  # Pixels that the model runs at; None: the data's.
+    config.data.channels = ml_collections.config_dict.placeholder(int)  # Of the model's input; None: the data's.
     config.data.augment = ("pad_crop(4)", "flip()")  # Training transforms, in order.
-    config.data.preprocess = ()  # Evaluation transforms; empty: resize and centre crop to image_size where sizes differ.
-    config.data.mean = (0.5,)  # Subtracted inside the classifier, pixels in [0, 1].
+    config.data.preprocess = ()  # Of all images; a leading random_resized_crop in augment takes their place.
+    config.data.mean = (0.5,)  # Subtracted inside the classifier, one value or one a channel, pixels in [0, 1].
     config.data.std = (0.5,)  # Divided by.
     config.data.on_bad_image = "raise"  # Or "skip": up to 1 % of the files.
-    config.data.cache = "auto"  # Keep decoded images in memory: "auto", "always", "never".
-    config.data.workers = 2  # Threads that decode.
+    config.data.on_mode = ml_collections.config_dict.placeholder(
+        str
+    )  # Grey or transparent files: "error" or "convert".
+    config.data.cache = "auto"  # Keep decoded images in memory: "auto" (up to 2 GiB), "always" or "never".
+    config.data.workers = ml_collections.config_dict.placeholder(int)  # Threads that read; None: one a core.
     config.data.train_limit = ml_collections.config_dict.placeholder(int)  # First so many training rows; None: all.
     config.data.test_limit = ml_collections.config_dict.placeholder(int)
     config.data.batch = 128
@@ -102,10 +108,9 @@ def model(name: str, **options: Any) -> ml_collections.ConfigDict:
     Args:
       name: a key of `models.MODELS`.
       **options: the options that differ from the model's defaults; also `init`, a path to weights (`.npz`) or a run
-        folder, and `image_size`, the size that the model runs at where that is not the data's.
+        folder.
     """
     part = ml_collections.ConfigDict({"name": name, "init": ""})
-    part.image_size = ml_collections.config_dict.placeholder(int)
     parameters = inspect.signature(_attribute(models.MODELS, "model", name)).parameters.values()
     _fill(
         part,

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from robust_vit import trees
+
 PyTree = Any
 
 
@@ -69,3 +71,8 @@ def variables(state: TrainState) -> PyTree:
 def replica(tree: PyTree, index: int) -> PyTree:
     """One seed of a tree whose leaves have a leading axis of seeds."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def reset_sums(state: TrainState) -> TrainState:
+    """The state after a log line."""
+    return state._replace(sums=trees.zeros_like(state.sums))

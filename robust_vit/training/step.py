@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -32,6 +33,20 @@ class Objective(Protocol):
         """The mean loss, and beside it the new model state and the metrics (scalars, means over the batch)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _AddPart:
+    """Adds the gradient and the metrics of one part of a batch."""
+
+    objective: Objective
+
+    def __call__(self, carry: tuple, index: jax.Array, params: PyTree, chunks: PyTree, key: jax.Array) -> tuple:
+        gradients, model_state, metrics = carry
+        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), chunks)
+        differentiate = jax.value_and_grad(self.objective, has_aux=True)
+        (_, (model_state, more)), grown = differentiate(params, model_state, chunk, jax.random.fold_in(key, index))
+        return trees.add(gradients, grown), model_state, trees.add(metrics, more)
+
+
 def build(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -58,19 +73,12 @@ def build(
             (_, aux), gradients = jax.value_and_grad(objective, has_aux=True)(params, model_state, batch, key)
             return gradients, aux
 
-        def part(carry, piece):
-            gradients, model_state, metrics = carry
-            chunk, index = piece
-            (_, (model_state, more)), grown = jax.value_and_grad(objective, has_aux=True)(
-                params, model_state, chunk, jax.random.fold_in(key, index)
-            )
-            return (trees.add(gradients, grown), model_state, trees.add(metrics, more)), None
-
         chunks = jax.tree.map(
             lambda leaf: leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:]), batch
         )
         start = (trees.zeros_like(params), model_state, {name: jnp.float32(0.0) for name in objective.metrics})
-        (gradients, model_state, metrics), _ = loops.scan(part, start, (chunks, jnp.arange(accumulate)))
+        summed = loops.repeat(_AddPart(objective), start, accumulate, params, chunks, key)
+        gradients, model_state, metrics = summed
         share = 1.0 / accumulate
         return trees.scale(share, gradients), (model_state, trees.scale(share, metrics))
 
@@ -118,8 +126,3 @@ def compile_step(
     if state_sharding is not None:
         shardings = {"in_shardings": (state_sharding, batch_sharding, state_sharding), "out_shardings": state_sharding}
     return jax.jit(step, donate_argnums=0, **shardings)
-
-
-def reset_sums(state: train_state.TrainState) -> train_state.TrainState:
-    """The state after a log line."""
-    return state._replace(sums=trees.zeros_like(state.sums))

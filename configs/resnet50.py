@@ -1,0 +1,42 @@
+"""ResNet-50 on ImageNet.
+
+Paper:     He et al. 2016 (arXiv 1512.03385); the schedule of Goyal et al. 2017 (arXiv 1706.02677).
+Expected:  not measured by this project yet. Goyal et al. report 76.3 % top-1 for this recipe (90 epochs).
+Hardware:  about 2.8e18 floating-point operations (3 x 4.1 GMAC x 2 a image, 1.28 M images, 90 epochs): about 8 hours on one
+           accelerator of 100 TFLOP/s effective bfloat16.
+Command:   python -m robust_vit.main --config=configs/resnet50.py --workdir=runs/resnet50 --config.data.data_dir=/data/tfds
+           After the colon: cifar10, fashion_mnist, textured_shapes or folder=PATH choose the data; smoke shrinks everything.
+"""
+
+from robust_vit import presets, settings
+
+
+def get_config(argument: str = ""):
+    """The configuration; `argument` is comma-separated, for example "cifar10,smoke"."""
+    config = settings.default()
+    with config.unlocked():
+        config.model = settings.model("resnet", depth=50, zero_init_residual=True, dtype="bfloat16")
+        config.studies = {
+            "accuracy": settings.study("accuracy"),
+            "calibration": settings.study("calibration"),
+            "fgsm": settings.study("attack_curve", attack="fgsm", examples=5000),
+            "pgd": settings.study("attack_curve", attack="pgd", steps=20, examples=1000),
+            "hessian_spectrum": settings.study("hessian_spectrum"),
+        }
+    smoke = presets.apply_argument(config, argument, data="imagenet", image_size=224)
+    config.objective.label_smoothing = 0.1
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.1 * config.data.batch / 256
+    config.optimizer.nesterov = True
+    config.optimizer.schedule = "step"
+    config.optimizer.boundaries = (1 / 3, 2 / 3, 8 / 9)
+    config.optimizer.warmup_epochs = 5.0
+    config.optimizer.weight_decay = 1e-4
+    config.train.epochs = 90.0
+    config.threat = "linf-4"
+    if smoke:
+        with config.unlocked():
+            config.model.update({"depth": 18, "width": 8, "dtype": "float32"})
+            config.data.image_size = 32
+        presets.shrink(config)
+    return config

@@ -1,0 +1,42 @@
+"""ViT-B/16 on ImageNet from scratch.
+
+Paper:     Dosovitskiy et al. 2021 (arXiv 2010.11929); the recipe follows Steiner et al. 2022 (arXiv 2106.10270) as far as
+           this release has its parts: random resized crop and flip, no RandAugment and no mixup yet.
+Expected:  not measured by this project yet. Steiner et al. report 79.1 % top-1 for ViT-B/16 on ImageNet-1k alone at
+           300 epochs with strong augmentation; expect less without it.
+Hardware:  about 8.1e19 floating-point operations (3 x 17.6 GMAC x 2 a image, 1.28 M images, 300 epochs with remat off): about
+           three days on 8 accelerators of 100 TFLOP/s effective bfloat16.
+Command:   python -m robust_vit.main --config=configs/vit_b16.py --workdir=runs/vit_b16 --config.data.data_dir=/data/tfds
+           After the colon: cifar10, fashion_mnist, textured_shapes or folder=PATH choose the data; smoke shrinks everything.
+"""
+
+from robust_vit import presets, settings
+
+
+def get_config(argument: str = ""):
+    """The configuration; `argument` is comma-separated, for example "cifar10,smoke"."""
+    config = settings.default()
+    with config.unlocked():
+        config.model = settings.model("vit", size="B", patch=16, stochastic_depth=0.1, dtype="bfloat16")
+        config.studies = {
+            "accuracy": settings.study("accuracy"),
+            "calibration": settings.study("calibration"),
+            "fgsm": settings.study("attack_curve", attack="fgsm", examples=5000),
+            "pgd": settings.study("attack_curve", attack="pgd", steps=20, examples=1000),
+            "hessian_spectrum": settings.study("hessian_spectrum"),
+        }
+    # Small images are enlarged inside the classifier: at 32 px a patch of 16 would leave four tokens.
+    smoke = presets.apply_argument(config, argument, data="imagenet", image_size=224)
+    config.objective.label_smoothing = 0.1
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.warmup_epochs = 10.0
+    config.optimizer.clip = 1.0
+    config.train.epochs = 300.0
+    config.threat = "linf-4"
+    if smoke:
+        with config.unlocked():
+            config.model.update({"size": "Ti", "dtype": "float32"})
+            config.data.image_size = 32
+        presets.shrink(config)
+    return config

@@ -1,0 +1,127 @@
+"""What every command of the library shares: one-line errors, flags, log lines, JAX's user-level compilation cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+from absl import app, flags
+
+from robust_vit import errors
+
+_FRACTION = r"\d+(?:\.\d+)?/\d+(?:\.\d+)?"
+
+
+def logger() -> logging.Logger:
+    """The library's logger, writing short lines to standard error."""
+    found = logging.getLogger("robust_vit")
+    if not found.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        found.addHandler(handler)
+        found.setLevel(logging.INFO)
+        found.propagate = False
+    return found
+
+
+def configure_jax() -> None:
+    """Turns on the persistent compilation cache of the user, unless the environment names one.
+
+    It lives under `XDG_CACHE_HOME` (or `~/.cache`), in a folder of its own for each kind of processor: programs compiled
+    for one may not run on another that shares the home folder.
+    """
+    import jax
+
+    logger()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compilation" / _processor()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def cache_folder() -> pathlib.Path:
+    """The library's folder in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "robust_vit"
+
+
+@contextlib.contextmanager
+def one_line_errors(*, debug: bool) -> Iterator[None]:
+    """Prints a user's mistake, and a device out of memory, as one line and exits with 2; `debug` lets the traceback through."""
+    try:
+        yield
+    except Exception as error:
+        message = _explain(error)
+        if debug or message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(errors.EXIT_USER_ERROR)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's flag parsing, in which a mistake in the configuration, by file or by flag, is a `UserError`."""
+    try:
+        return (
+            app.parse_flags_with_usage(list(argv))
+            if "--help" in argv or "--helpfull" in argv
+            else flags.FLAGS(list(argv))
+        )
+    except errors.UserError:
+        raise
+    except flags.Error as error:
+        raise errors.UserError(f"{_first_line(error)} (--help lists the flags).") from error
+    except FileNotFoundError as error:
+        raise errors.UserError(f"no configuration file {error.filename}: see the folder configs/.") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise errors.UserError(f"in the configuration: {_first_line(error)}") from error
+
+
+def evaluate_fractions(argv: Sequence[str]) -> list[str]:
+    """Command-line arguments in which a number may be a fraction: `--config.threat.epsilon=8/255`, `(2/255,4/255)`."""
+
+    def value(match: re.Match) -> str:
+        numerator, denominator = match.group().split("/")
+        return repr(float(numerator) / float(denominator))
+
+    evaluated = []
+    for argument in argv:
+        name, equals, given = argument.partition("=")
+        is_number = re.fullmatch(rf"[\s(,\d./]*{_FRACTION}[\s),\d./]*", given) is not None
+        if name.startswith("--config.") and equals and is_number:
+            argument = name + equals + re.sub(_FRACTION, value, given)
+        evaluated.append(argument)
+    return evaluated
+
+
+def _explain(error: Exception) -> str | None:
+    if isinstance(error, errors.UserError):
+        return " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error) or isinstance(error, MemoryError):
+        return (
+            f"out of memory ({_first_line(error)[:160]}): lower data.batch, raise train.accumulate, or lower the batch of the "
+            "study; what was finished is kept."
+        )
+    if "No space left on device" in str(error):
+        return f"no space left ({_first_line(error)[:160]}): free some, then run the same command again; finished work is kept."
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join((text or type(error).__name__).split())[:400]
+
+
+def _processor() -> str:
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = "".join(re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, flags=re.MULTILINE)[:2])
+    except OSError:
+        text = platform.processor()
+    return hashlib.sha256(f"{platform.machine()}{text}".encode()).hexdigest()[:12]
