@@ -22,15 +22,16 @@ PyTree = Any
 UNROLL_LIMIT = 64
 
 
-def repeat(step: Callable, state: PyTree, length: int, *operands: PyTree) -> PyTree:
+def repeat(step: Callable, state: PyTree, length: int, *operands: PyTree, donate: bool = False) -> PyTree:
     """The state after `length` applications of `step`.
 
     Args:
       step: `step(state, index, *operands) -> state`, pure; `index` is an int32 scalar, 0 to `length - 1`. It is part of the
         compiled program's key: pass a named function or a frozen dataclass, the same or an equal one each time.
-      state: arrays; its shapes and dtypes stay as they are. It is not donated: the caller may go on using it.
+      state: arrays; its shapes and dtypes stay as they are.
       length: how many times.
       *operands: pytrees handed to every step unchanged; arrays belong here, not in a closure of `step`.
+      donate: give up the memory of `state`, whose arrays must be distinct and may not be used again.
 
     Returns:
       The last state. One compilation for each structure of the arguments; none for new values.
@@ -38,14 +39,14 @@ def repeat(step: Callable, state: PyTree, length: int, *operands: PyTree) -> PyT
     if length < 1:
         return state
     if not (jax.default_backend() == "cpu" and convolves(step, state, *operands)):
-        return _scan(step, length, state, operands)
+        return (_scan_in_place if donate else _scan)(step, length, state, operands)
     if _is_traced((state, operands)):
         if length > UNROLL_LIMIT:
             return _scan(step, length, state, operands)
         for index in range(length):
             state = _apply(step, state, jnp.int32(index), operands)
         return state
-    state = jax.tree.map(jnp.copy, state)
+    state = state if donate else jax.tree.map(jnp.copy, state)
     for index in range(length):
         state = _apply_in_place(step, state, np.int32(index), operands)
     return state
@@ -115,6 +116,11 @@ def _scan(step, length, state, operands):
         return _apply(step, state, index, operands), None
 
     return jax.lax.scan(body, state, jnp.arange(length, dtype=jnp.int32))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _scan_in_place(step, length, state, operands):
+    return _scan(step, length, state, operands)
 
 
 def _is_traced(tree: PyTree) -> bool:

@@ -21,9 +21,11 @@ ATTACKS = {
 Attack = skeleton.Attack
 AttackResult = skeleton.AttackResult
 NORMS = norms.NORMS
+RunResult = runner.RunResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
 example_keys = runner.example_keys
+run = runner.run
 threat = threats.threat
 
 

@@ -2,13 +2,313 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from robust_vit import errors, files, loops
+from robust_vit.attacks import skeleton
 
 PURPOSE = 0x61747461  # "atta": keeps the draws of attacks apart from those of everything else under the same seed.
+Example = tuple[int, int, np.ndarray, int]  # position, row, image, label
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What `run` found, one row an example, in the order of the examples.
+
+    Attributes:
+      row: the id of the example.
+      label: true class, or for a targeted attack the class to reach.
+      success, prediction, loss, distance, forward_passes, backward_passes, vanished: as in `AttackResult`.
+      images: what the attack returned, where `keep_images` was set.
+      executed_forward_passes: of one image each, over all slots, idle ones included; a resumed run counts what was saved.
+      executed_backward_passes: likewise. The useful ones are the sums of `forward_passes` and `backward_passes`.
+    """
+
+    row: Int[np.ndarray, " examples"]
+    label: Int[np.ndarray, " examples"]
+    success: Bool[np.ndarray, " examples"]
+    prediction: Int[np.ndarray, " examples"]
+    loss: Float[np.ndarray, " examples"]
+    distance: Float[np.ndarray, " examples"]
+    forward_passes: Int[np.ndarray, " examples"]
+    backward_passes: Int[np.ndarray, " examples"]
+    vanished: Int[np.ndarray, " examples"]
+    images: Float[np.ndarray, "examples height width channels"] | None
+    executed_forward_passes: int
+    executed_backward_passes: int
+
+    @property
+    def useful(self) -> float:
+        """The share of executed backward passes that belonged to an unfinished example."""
+        return float(self.backward_passes.sum() / max(1, self.executed_backward_passes))
+
+    def records(self) -> dict[str, np.ndarray]:
+        """The per-example arrays by name, without images."""
+        return {name: getattr(self, name) for name in ("row", "label", *_JUDGED)}
+
+
+_JUDGED = ("success", "prediction", "loss", "distance", "forward_passes", "backward_passes", "vanished")
 
 
 def example_keys(seed: int, rows: jax.Array) -> jax.Array:
     """One typed key an example from (seed, "attack", row): the same for a row in any batch, order or process."""
     base = jax.random.fold_in(jax.random.key(seed), PURPOSE)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, jnp.asarray(rows, jnp.uint32))
+
+
+def run(
+    attack: skeleton.Attack,
+    model: skeleton.Model,
+    examples: Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]],
+    *,
+    slots: int,
+    seed: int = 0,
+    stride: int = 5,
+    refill: bool = True,
+    keep_images: bool = False,
+    directory: pathlib.Path | str | None = None,
+) -> RunResult:
+    """Attacks many examples with one compiled step over `slots` of them; a finished example gives its slot to the next.
+
+    An example's bytes depend on itself, the seed, `slots` and `stride`, and not on its neighbours: they are the same with
+    and without refilling, in any order, and after a kill.
+
+    Args:
+      attack: the attack.
+      model: canonical pixels to logits.
+      examples: `image` `[n, height, width, channels]` in [0, 1], `label` `[n]` and, where there is one, `row` `[n]` (ids,
+        from which the keys are drawn; positions otherwise); or an iterable of such batches, of which `mask` False marks
+        padding. A batch is read when a slot is free for it.
+      slots: examples attacked at a time: the batch size of every pass.
+      seed: of the draws.
+      stride: evaluations between two looks at what is finished; a look costs a synchronisation with the device.
+      refill: False fills the slots only when all are free, as a plain loop over batches does.
+      keep_images: return the adversarial images as well.
+      directory: where to save finished examples, so that a killed run goes on from there. Another attack, model or setting
+        than the one that wrote it is a `UserError`.
+
+    Raises:
+      UserError: images outside [0, 1], a label that the model has no logit for, logits that are not finite.
+    """
+    if slots < 1 or stride < 1:
+        raise errors.UserError(f"slots is {slots} and stride {stride}: expected whole numbers from 1.")
+    store = _Store(directory, attack, model, {"slots": slots, "seed": seed, "stride": stride, "images": keep_images})
+    stream = (example for example in _examples(examples, model) if store.lacks(example))
+    pool = _Pool(attack, model, slots=slots, seed=seed, stride=stride, keep_images=keep_images)
+    while True:
+        if refill or pool.is_idle():
+            pool.fill(stream)
+        if pool.is_idle():
+            break
+        pool.advance()
+        while len(pool.finished) >= slots:
+            store.add(pool.judge())
+    while pool.finished:
+        store.add(pool.judge())
+    return store.result()
+
+
+class _Pool:
+    """The slots, on the device, with the examples that sit in them, and the finished ones that wait to be judged."""
+
+    def __init__(self, attack, model, *, slots: int, seed: int, stride: int, keep_images: bool):
+        self.attack, self.model = attack, model
+        self.slots, self.seed, self.stride, self.keep_images = slots, seed, stride, keep_images
+        self.occupants: list[Example | None] = [None] * slots
+        self.finished: list[tuple[Example, dict[str, np.ndarray]]] = []
+        self.state: skeleton.State | None = None
+        self.executed = 0
+
+    def is_idle(self) -> bool:
+        return all(occupant is None for occupant in self.occupants)
+
+    def fill(self, stream: Iterator[Example]) -> None:
+        fresh = np.zeros(self.slots, bool)
+        for slot in range(self.slots):
+            if self.occupants[slot] is None:
+                self.occupants[slot] = next(stream, None)
+                fresh[slot] = self.occupants[slot] is not None
+        if fresh.any():
+            incoming = self._init(self.occupants)
+            if self.state is None:
+                self.state = incoming.replace(done=jnp.asarray(~fresh))
+            else:
+                self.state = _fill(self.state, incoming, fresh)
+
+    def advance(self) -> None:
+        self.state = loops.repeat(skeleton.advance, self.state, self.stride, self.attack, self.model, donate=True)
+        self.executed += self.slots * self.stride
+        done = np.asarray(self.state.done)
+        ended = [slot for slot in range(self.slots) if done[slot] and self.occupants[slot] is not None]
+        if ended:
+            moving = {name: np.asarray(getattr(self.state, name)) for name in _MOVING}
+            for slot in ended:
+                self.finished.append((self.occupants[slot], {name: array[slot] for name, array in moving.items()}))
+                self.occupants[slot] = None
+
+    def judge(self) -> dict[str, np.ndarray]:
+        """Results of the finished examples that have waited longest, judged in a batch of `slots`."""
+        batch, self.finished = self.finished[: self.slots], self.finished[self.slots :]
+        state = self._init([example for example, _ in batch])
+        moving = {name: np.stack([values[name] for _, values in _padded(batch, self.slots)]) for name in _MOVING}
+        result = skeleton.finish(self.attack, self.model, state.replace(**jax.tree.map(jnp.asarray, moving)))
+        found = {name: np.asarray(getattr(result, name))[: len(batch)] for name in _JUDGED}
+        for name, column in (("position", 0), ("row", 1), ("label", 3)):
+            found[name] = np.asarray([example[column] for example, _ in batch], np.int32)
+        if not np.isfinite(found["loss"]).all():
+            rows = found["row"][~np.isfinite(found["loss"])]
+            raise errors.UserError(
+                f"the model's loss is not finite on {len(rows)} of {len(batch)} attacked images (row {rows[0]}): check the "
+                "weights, and the precision that the model computes in."
+            )
+        if self.keep_images:
+            found["images"] = np.asarray(result.images)[: len(batch)]
+        # Every example's share of the executed passes is written with it, so that a resumed run can add them up.
+        extra = int(found["forward_passes"][0] - found["backward_passes"][0])
+        found["executed"] = np.asarray([self.executed + self.slots * extra, self.executed], np.int64)
+        self.executed = 0
+        return found
+
+    def _init(self, occupants: list[Example | None]) -> skeleton.State:
+        """A state of new arrays that holds these examples; an empty slot repeats one of them."""
+        filler = next(occupant for occupant in occupants if occupant is not None)
+        occupants = [occupant or filler for occupant in _padded(occupants, self.slots)]
+        _, rows, images, labels = zip(*occupants, strict=True)
+        keys = example_keys(self.seed, np.asarray(rows, np.uint32))
+        state = self.attack.init(keys, np.stack(images), np.asarray(labels, np.int32))
+        return jax.tree.map(jnp.copy, state)
+
+
+_MOVING = ("images", "best", "count", "success", "vanished")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(state: skeleton.State, incoming: skeleton.State, fresh: jax.Array) -> skeleton.State:
+    def choose(old, new):
+        return jnp.where(fresh.reshape(fresh.shape + (1,) * (old.ndim - fresh.ndim)), new, old)
+
+    return jax.tree.map(choose, state, incoming)
+
+
+class _Store:
+    """Finished examples: in memory, and in a directory where one is given."""
+
+    def __init__(self, directory, attack, model, settings: dict[str, Any]):
+        self.parts: list[dict[str, np.ndarray]] = []
+        self.directory = None if directory is None else pathlib.Path(directory)
+        self.saved: dict[int, tuple[int, int]] = {}
+        if self.directory is None:
+            return
+        settings = files.jsonable({**settings, "attack": _describe(attack), "model": _checksum(model)})
+        path = self.directory / "settings.json"
+        if path.exists():
+            previous = files.read_json(path)
+            changed = sorted(name for name in settings if settings[name] != previous.get(name))
+            if changed:
+                raise errors.UserError(
+                    f"{self.directory} holds a run with another {' and '.join(changed)}: choose another directory, or remove it."
+                )
+        else:
+            files.write_json(path, settings)
+        for part in sorted(self.directory.glob("part_*.npz")):
+            self.parts.append(files.read_npz(part))
+            found = self.parts[-1]
+            identities = zip(found["row"].tolist(), found["label"].tolist(), strict=True)
+            self.saved.update(zip(found["position"].tolist(), identities, strict=True))
+
+    def lacks(self, example: Example) -> bool:
+        position, row, _, label = example
+        if position not in self.saved:
+            return True
+        if self.saved[position] != (row, label):
+            raise errors.UserError(
+                f"{self.directory} holds a run over other examples (number {position} is row {row} with label {label}, and was "
+                f"row {self.saved[position][0]} with label {self.saved[position][1]}): choose another directory, or remove it."
+            )
+        return False
+
+    def add(self, found: dict[str, np.ndarray]) -> None:
+        if self.directory is not None:
+            taken = [int(part.stem.removeprefix("part_")) for part in self.directory.glob("part_*.npz")]
+            files.write_npz(self.directory / f"part_{max(taken, default=-1) + 1:05d}.npz", found)
+        self.parts.append(found)
+
+    def result(self) -> RunResult:
+        if not self.parts:
+            raise errors.UserError("there are no examples to attack: the images are empty, or all of them are masked.")
+        executed = sum(part["executed"] for part in self.parts)
+        names = [name for name in self.parts[0] if name != "executed"]
+        merged = {name: np.concatenate([part[name] for part in self.parts]) for name in names}
+        order = np.argsort(merged.pop("position"), kind="stable")
+        ordered = {name: array[order] for name, array in merged.items()}
+        return RunResult(
+            **{"images": None, **ordered},
+            executed_forward_passes=int(executed[0]),
+            executed_backward_passes=int(executed[1]),
+        )
+
+
+def _examples(examples, model) -> Iterator[Example]:
+    position = 0
+    for batch in [examples] if isinstance(examples, Mapping) else examples:
+        images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
+        _check(images, labels, model)
+        rows = np.asarray(batch["row"]) if "row" in batch else np.arange(position, position + len(images))
+        mask = np.asarray(batch["mask"]) if "mask" in batch else np.ones(len(images), bool)
+        for index in np.flatnonzero(mask):
+            yield position, int(rows[index]), images[index], int(labels[index])
+            position += 1
+
+
+def _check(images: np.ndarray, labels: np.ndarray, model: skeleton.Model) -> None:
+    if images.ndim != 4 or images.dtype.kind != "f":
+        raise errors.UserError(
+            f"images are {images.dtype} {images.shape}: expected floating point [batch, height, width, channels] in [0, 1]; "
+            "divide uint8 by 255."
+        )
+    if not images.size:
+        return
+    low, high = images.min(), images.max()
+    if not (low >= 0 and high <= 1):  # A NaN fails this too.
+        raise errors.UserError(
+            f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; put the normalisation inside the model."
+        )
+    classes = _logits.eval_shape(model, jax.ShapeDtypeStruct(images.shape, images.dtype)).shape[-1]
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
+        raise errors.UserError(
+            f"labels are {labels.dtype} {labels.shape} from {labels.min()} to {labels.max()}: expected one class index an "
+            f"image, 0 to {classes - 1}, which is what the model has logits for."
+        )
+
+
+@jax.jit
+def _logits(model, images):
+    return model(images)
+
+
+def _padded(items: list, length: int) -> list:
+    return items + [items[0]] * (length - len(items))
+
+
+def _describe(attack: skeleton.Attack) -> dict[str, Any]:
+    def name(value):
+        return getattr(value, "name", None) or getattr(value, "__qualname__", None) or files.jsonable(value)
+
+    return {field.name: name(getattr(attack, field.name)) for field in dataclasses.fields(attack)}
+
+
+def _checksum(model: skeleton.Model) -> str:
+    checksum = zlib.crc32(str(jax.tree.structure(model)).encode())
+    for leaf in jax.tree.leaves(model):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
+    return f"{checksum:08x}"

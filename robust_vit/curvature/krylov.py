@@ -130,7 +130,7 @@ def lanczos(
     size = 0
     while size < rank:
         steps = min(check_every or rank, rank - size)
-        krylov = extend(operator, krylov, steps=steps)
+        krylov = loops.repeat(_step, krylov, steps, operator, donate=True)
         size += steps
         found, coefficients = _solve(krylov, size, top, which, tolerance)
         # Where an invariant subspace has just been completed, its residuals are zero and say nothing about the rest.
