@@ -44,7 +44,7 @@ _STYLE = {
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
     "axes.titlesize": 11,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "figure.dpi": 100,
     "figure.facecolor": "none",
     "font.family": "DejaVu Sans",  # The one font that Matplotlib brings: the layout is the same on every machine.

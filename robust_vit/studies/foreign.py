@@ -1,4 +1,4 @@
-"""A subject made of a model that this library did not define: a function, arrays or a folder, and what could be wrong with them."""
+"""A subject made of a model that this library did not define, and a look at what could be wrong with it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def subject(
         validation=held_out,
         train=training,
         num_classes=num_classes,
-        class_names=tuple(class_names or source.class_names),
+        class_names=_class_names(class_names, source, num_classes),
         name=name,
         image_source=source.name,
         threat=threat,
@@ -88,49 +88,42 @@ def _as_classifier(model: Any, variables: Any) -> classifiers.Classifier | class
 
 
 def _source(images: Any, labels: Any, class_names: tuple[str, ...] | None, what: str) -> Any:
-    if isinstance(images, str | os.PathLike):
+    if isinstance(images, str | os.PathLike) or hasattr(images, "fingerprint"):
         if labels is not None:
-            raise errors.UserError("labels were given beside an image folder: the folder's class names are its labels.")
-        return data.from_folder(images)
-    images = np.asarray(images)
+            raise errors.UserError(f"labels were given beside {what}, which bring their own: leave the labels out.")
+        return images if hasattr(images, "fingerprint") else data.from_folder(images, class_names=class_names)
     if labels is None:
         raise errors.UserError(f"{what} came without labels: give one class index an image.")
-    labels = np.asarray(labels)
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
-        raise errors.UserError(
-            f"{what} have shape {images.shape}: expected [examples, height, width, 1 or 3] (channels last)."
-        )
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise errors.UserError(
-            f"the labels have shape {labels.shape} and type {labels.dtype}: expected one class index an image "
-            "(take argmax of one-hot rows)."
-        )
-    if len(labels) != len(images):
-        raise errors.UserError(f"{what} are {len(images)} and the labels {len(labels)}: expected as many.")
-    if images.dtype != np.uint8:
-        _check_pixels(images, what)
-    return data.from_arrays(images, labels, class_names=class_names)
-
-
-def _check_pixels(images: np.ndarray, what: str) -> None:
-    if not np.issubdtype(images.dtype, np.floating):
-        raise errors.UserError(f"{what} are of type {images.dtype}: give uint8, or floats in [0, 1].")
-    if not np.isfinite(images).all():
-        raise errors.UserError(f"{what} hold a NaN or an infinity: expected pixels in [0, 1].")
-    low, high = float(images.min()), float(images.max())
-    if low < 0 or high > 1:
-        remedy = "divide by 255" if low >= 0 and high <= 255 else "undo the normalisation and put it inside the model"
-        raise errors.UserError(f"{what} lie in [{low:.3g}, {high:.3g}]: expected pixels in [0, 1]; {remedy}.")
+    images, labels = np.asarray(images), np.asarray(labels)
+    if labels.ndim == 2 and len(labels) == len(images):
+        raise errors.UserError(f"the labels of {what} are rows of {labels.shape[1]} numbers: give their argmax.")
+    if np.issubdtype(images.dtype, np.floating) and images.size:
+        low, high = float(images.min()), float(images.max())
+        if not (low >= 0 and high <= 1):
+            remedy = "divide by 255" if low >= 0 and high <= 255 else "undo the normalisation: it belongs in the model"
+            raise errors.UserError(f"{what} lie in [{low:.3g}, {high:.3g}]: expected pixels in [0, 1]; {remedy}.")
+    return data.from_arrays(images, labels, class_names=class_names, name=f"{len(images):,} given images")
 
 
 def _check_labels(source: Any, num_classes: int, what: str) -> None:
     if source.num_classes > num_classes:
         raise errors.UserError(
-            f"{what} reach {source.num_classes - 1} and the model gives {num_classes} logits: "
-            f"expected labels from 0 to {num_classes - 1}."
+            f"{what} are of {source.num_classes} classes and the model gives {num_classes} logits: expected labels from 0 to "
+            f"{num_classes - 1}."
         )
+    if source.num_classes < num_classes and hasattr(source, "root"):
+        # A folder of some classes would silently number them anew.
+        raise errors.UserError(
+            f"{what} are of {source.num_classes} class folders and the model gives {num_classes} logits: give class_names= "
+            "with the folder of every logit, in order."
+        )
+
+
+def _class_names(given: tuple[str, ...] | None, source: Any, num_classes: int) -> tuple[str, ...]:
+    if given is not None and len(given) != num_classes:
+        raise errors.UserError(f"{len(given)} class names for {num_classes} logits: give one for each.")
+    names = given or source.class_names
+    return names if len(names) == num_classes else tuple(str(index) for index in range(num_classes))
 
 
 def _check_model(judged: classifiers.Classifier | classifiers.Wrapped, batch: Mapping[str, Any]) -> int:

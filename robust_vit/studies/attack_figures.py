@@ -1,0 +1,157 @@
+"""The figures of attack studies: curves over epsilon, and images beside their perturbations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import figure as matplotlib_figure
+from matplotlib import lines
+
+from robust_vit import plots
+from robust_vit.studies import study
+
+NORMS = {"linf": "L∞", "l2": "L2"}
+_DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
+_RUNS_SHOWN = 4
+
+
+def size_text(size: float) -> str:
+    """An epsilon as people write it: 0.1 where that is all of it, else in 255ths where it is whole or half ones."""
+    if abs(float(f"{size:.3g}") - size) < 1e-12:
+        return f"{size:.3g}"
+    levels = size * 255
+    if abs(2 * levels - round(2 * levels)) < 1e-6:
+        return f"{round(2 * levels) / 2:g}/255"
+    return f"{size:.3g}"
+
+
+def curves(findings: Mapping[str, study.Finding], attacks: Sequence[str]) -> matplotlib_figure.Figure:
+    """Robust accuracy against epsilon: colour tells the run, dashes tell the attack; strongest attack solid."""
+    with plots.style():
+        figure, axes = plots.figure(width=6.8, height=4.0)
+        axis = axes[0, 0]
+        dashes = {name: _DASHES[(len(attacks) - 1 - i) % len(_DASHES)] for i, name in enumerate(attacks)}
+        for index, finding in enumerate(findings.values()):
+            summary = finding.summary
+            sizes = np.concatenate([[0.0], summary["epsilons"]])
+            for name in attacks:
+                points = [summary["clean"], *summary["curves"][name]]
+                values, low, high = (np.asarray([p[key] for p in points]) for key in ("value", "low", "high"))
+                strongest = name == attacks[-1]
+                if strongest:
+                    axis.fill_between(sizes, low, high, color=plots.color(index), alpha=0.15, linewidth=0)
+                axis.plot(
+                    sizes,
+                    values,
+                    color=plots.color(index),
+                    linestyle=dashes[name],
+                    linewidth=2.0 if strongest else 1.4,
+                    marker=plots.marker(index),
+                    markersize=5.5 if strongest else 3.5,
+                    clip_on=False,
+                    zorder=3,
+                )
+                raw = np.asarray([point["raw"] for point in summary["curves"][name]])
+                differs = np.abs(raw - values[1:]) > 1e-9
+                if differs.any():
+                    axis.plot(
+                        sizes[1:][differs],
+                        raw[differs],
+                        linestyle="none",
+                        marker="x",
+                        color=plots.color(index),
+                        markersize=4.5,
+                        alpha=0.7,
+                    )
+        summary = next(iter(findings.values())).summary
+        axis.axvline(summary["epsilon"], color=plots.INK, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.7)
+        axis.annotate(
+            f"ε = {size_text(summary['epsilon'])}",
+            (summary["epsilon"], 1.0),
+            (4, -2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            fontsize=9,
+        )
+        axis.set_ylim(0, 1)
+        axis.set_xlim(left=0)
+        plots.percent(axis)
+        norm = NORMS.get(summary["norm"], summary["norm"])
+        axis.set_xlabel(f"size ε of the perturbation, {norm}, pixels in [0, 1]")
+        axis.set_ylabel("robust accuracy")
+        handles = [
+            lines.Line2D([], [], color=plots.color(i), marker=plots.marker(i), label=run)
+            for i, run in enumerate(findings)
+        ]
+        handles += [
+            lines.Line2D([], [], color=plots.INK, linestyle=dashes[name], label=name.upper())
+            for name in reversed(attacks)
+        ]
+        axis.legend(handles=handles, loc="upper right")
+    return figure
+
+
+def examples(findings: Mapping[str, study.Finding], attack: str) -> matplotlib_figure.Figure:
+    """The first images of the subset: clean, then each run's adversarial image and its perturbation, scaled to be seen."""
+    shown = {run: f for run, f in findings.items() if "exhibit/adversarial" in f.records}
+    shown = dict(list(shown.items())[:_RUNS_SHOWN])
+    first = next(iter(shown.values())).records
+    columns = len(first["exhibit/image"])
+    names = [str(name) for name in first["exhibit/class_names"]]
+    rows = 1 + 2 * len(shown)
+    with plots.style():
+        figure, axes = plots.figure(rows, columns, width=max(1.25 * columns + 1.3, 4.2), height=1.42 * rows)
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
+        for column in range(columns):
+            plots.images(axes[0, column], first["exhibit/image"][column])
+            axes[0, column].set_title(_short(names[first["label"][column]]), **_caption())
+        _side(axes[0, 0], "clean", plots.INK)
+        for index, (run, finding) in enumerate(shown.items()):
+            records, summary = finding.records, finding.summary
+            top, bottom = axes[1 + 2 * index], axes[2 + 2 * index]
+            for column in range(min(columns, len(records["exhibit/adversarial"]))):
+                adversarial = records["exhibit/adversarial"][column]
+                plots.images(top[column], adversarial)
+                # Not by the largest pixel: the same grey is the same change in every column and every run.
+                change = (adversarial - records["exhibit/image"][column]) / _unit(summary, adversarial)
+                plots.images(bottom[column], np.clip(0.5 + 0.5 * change, 0.0, 1.0))
+                predicted = int(records["exhibit/prediction"][column])
+                right = predicted == int(records["label"][column])
+                top[column].set_title(
+                    ("✓ " if right else "✗ ") + _short(names[predicted]),
+                    **_caption(plots.INK if right else plots.color(index), bold=not right),
+                )
+            _side(top[0], run, plots.color(index))
+            _side(bottom[0], "change", plots.INK)
+        summary = next(iter(shown.values())).summary
+        norm = NORMS.get(summary["norm"], summary["norm"])
+        figure.suptitle(
+            f"{attack.upper()}, {norm}, ε = {size_text(summary['epsilon'])}",
+            fontsize=10,
+            fontweight="bold",
+            x=0.01,
+            ha="left",
+        )
+    return figure
+
+
+def _unit(summary: Mapping[str, Any], image: np.ndarray) -> float:
+    """The change of a pixel that is drawn black or white: epsilon, or three times its root mean square share in L2."""
+    if summary["norm"] == "linf":
+        return summary["epsilon"]
+    return 3.0 * summary["epsilon"] / np.sqrt(image.size)
+
+
+def _caption(color: str = plots.INK, *, bold: bool = False) -> dict[str, Any]:
+    return {"fontsize": 8, "color": color, "loc": "center", "pad": 3, "fontweight": "bold" if bold else "normal"}
+
+
+def _side(axis: Any, text: str, color: str) -> None:
+    axis.set_ylabel(text, color=color, rotation=0, ha="right", va="center", fontsize=9)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else name[:13] + "…"
