@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,11 +37,14 @@ def subject(
 
     Arguments and errors are those of `robust_vit.evaluate.report_card`.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "report":
+        raise errors.UserError(f"run name {name!r}: use letters, digits, '_', '.' and '-', and not 'report'.")
     class_names = tuple(class_names) if class_names else None
     judged = _as_classifier(model, variables)
     source = _source(images, labels, class_names, "the images")
     test = data.EvaluationStream(source, batch=min(batch, len(source)), preprocess=preprocess)
     num_classes = _check_model(judged, test.batch(0))
+    names = _class_names(class_names, source, num_classes)
     _check_labels(source, num_classes, "the labels")
     held_out = training = None
     if validation is not None:
@@ -57,7 +61,7 @@ def subject(
         validation=held_out,
         train=training,
         num_classes=num_classes,
-        class_names=_class_names(class_names, source, num_classes),
+        class_names=names,
         name=name,
         image_source=source.name,
         threat=threat,
