@@ -19,7 +19,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def philox(counter: UInt64[np.ndarray, 4 *shape], key: UInt64[np.ndarray, 2 *shape]) -> np.ndarray:
+def philox(counter: UInt64[np.ndarray, 4 * shape], key: UInt64[np.ndarray, 2 * shape]) -> np.ndarray:
     """Philox4x64-10 blocks `[4, *shape]`: four random words for each counter and key.
 
     Equals `numpy.random.Philox(key=key, counter=counter - 1).random_raw(4)` for every column: NumPy counts up before it
