@@ -74,7 +74,7 @@ def run_study(
     if reason:
         _logger.info("%s on %s is skipped: %s.", label, subject.name, reason.rstrip("."))
         shutil.rmtree(chunks, ignore_errors=True)
-        circumstances = _circumstances(asked, seconds=0.0, sessions=0)
+        circumstances = _circumstances(asked, seconds=0.0, sessions=0, passes=(0, 0))
         results.write(
             directory, asked=asked, records=None, summary=None, card={}, provenance=circumstances, skipped=reason
         )
@@ -85,7 +85,7 @@ def run_study(
     records = study_lib.merge([{key: part[key] for key in part if key != _SECONDS} for part in parts])
     summary = files.jsonable(study.summarise(records))
     card = files.jsonable(study.card(studies.Finding(asked["settings"], records, summary)))
-    circumstances = _circumstances(asked, seconds=seconds, sessions=sessions)
+    circumstances = _circumstances(asked, seconds=seconds, sessions=sessions, passes=study.passes(subject))
     results.write(directory, asked=asked, records=records, summary=summary, card=card, provenance=circumstances)
     shutil.rmtree(chunks, ignore_errors=True)
     return results.read(directory, study=study)
@@ -324,6 +324,8 @@ def _asked(study: studies.Study, subject: studies.Subject) -> dict[str, Any]:
             "fingerprint": _data_fingerprint(subject.test),
             "examples": int(subject.test.num_examples),
         },
+        "validation data": _data_fingerprint(subject.validation),
+        "training data": _data_fingerprint(subject.train),
         "classes": int(subject.num_classes),
         "threat": subject.threat,
         "seed": int(subject.seed),
@@ -337,16 +339,21 @@ def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return " and ".join(key.replace("_", " ") for key in asked if stored.get(key) != asked[key])
 
 
-def _circumstances(asked: Mapping[str, Any], *, seconds: float, sessions: int) -> dict[str, Any]:
+def _circumstances(
+    asked: Mapping[str, Any], *, seconds: float, sessions: int, passes: tuple[int, int]
+) -> dict[str, Any]:
     return {
         **provenance.collect(),
         "data_fingerprint": asked["data"]["fingerprint"],
         "wall_seconds": round(seconds, 3),
         "sessions": sessions,
+        "passes_planned": {"forward": int(passes[0]), "backward": int(passes[1])},
     }
 
 
-def _data_fingerprint(stream: Any) -> str:
+def _data_fingerprint(stream: Any) -> str | None:
+    if stream is None:
+        return None
     fingerprint = getattr(getattr(stream, "source", None), "fingerprint", None)
     if fingerprint is not None:
         return str(fingerprint)

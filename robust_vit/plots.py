@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -146,6 +147,8 @@ def render(drawn: matplotlib_figure.Figure, format: str) -> bytes:
         preference when opened alone), "pdf" (transparent, dark text) or "png" (white ground, 200 dots per inch).
     """
     buffer = io.BytesIO()
+    # Matplotlib subsets fonts for PDF through fontTools, which tells every step of it at the level INFO.
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     with style():
         if format == "svg":
             drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "robust_vit"})

@@ -162,6 +162,7 @@ def test_a_finished_study_is_read(tmp_path):
         (Tiny(), {"weight_decay": 0.1}, "weight decay"),
         (Tiny(), {"classifier": classifier.wrap(_linear, jnp.ones((16, 3)))}, "model"),
         (Tiny(), {"test": data.EvaluationStream(data.from_arrays(*_images(seed=1)), batch=8)}, "data"),
+        (Tiny(), {"train": data.TrainingStream(data.from_arrays(*_images(seed=1)), batch=8)}, "training data"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])

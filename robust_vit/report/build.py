@@ -39,6 +39,7 @@ class _Table:
     table: tables.Table
     numeric: tuple[bool, ...]
     strong: tuple[bool, ...]
+    stacked: bool
     links: tuple[tuple[str, str], ...]
 
 
@@ -74,10 +75,12 @@ def write(runs: Sequence[os.PathLike | str | tuple[str, os.PathLike | str]], out
         label: {run.name: run.results[label] for run in found if label in run.results}
         for label in run_lib.labels(found)
     }
+    # Beside the seeds of a run lies a folder that holds nothing but how they were trained.
+    judged = [run for run in found if run.results] or found
     compared = comparisons.collect(by_label)
     family = sum(row.adjusted is not None for row in compared)
     writer = _Writer(out)
-    glance = writer.tables({"at_a_glance": _glance(found, by_label)}, "report")
+    glance = writer.tables({"at_a_glance": _glance(judged, by_label)}, "report")
     sections = [_section(writer, label, by_run, compared, family) for label, by_run in by_label.items()]
     # After the sections: figures are numbered in the order of the page.
     drawn = curves.training(found)
@@ -88,12 +91,12 @@ def write(runs: Sequence[os.PathLike | str | tuple[str, os.PathLike | str]], out
         _environment()
         .get_template("page.html.j2")
         .render(
-            title=_title(found),
-            runs=[_describe(index, run) for index, run in enumerate(found)],
+            title=_title(judged),
+            runs=[_describe(index, run) for index, run in enumerate(judged)],
             data=sorted({_data_line(result) for run in found for result in run.results.values()}),
             glance=[table for table in glance if table.table.rows and len(table.table.columns) > 1],
             training=training,
-            colors={run.name: plots.color(index) for index, run in enumerate(found)},
+            colors={run.name: plots.color(index) for index, run in enumerate(judged)},
             sections=sections,
             family=family,
             versions=_versions(found),
@@ -134,7 +137,10 @@ class _Writer:
         files.write_text(paths[0], table.csv())
         files.write_text(paths[1], table.latex())
         strong = tuple(strong) or (False,) * len(table.rows)
-        return _Table(self._tables, table, _numeric(table), strong, self._links(paths))
+        spread = [any(_interval(row[i]) for row in table.rows) for i in range(len(table.columns))]
+        # Many intervals side by side would not fit: they go under their numbers.
+        stacked = sum(spread) >= 4
+        return _Table(self._tables, table, _numeric(table), strong, stacked, self._links(paths))
 
     def link(self, path: pathlib.Path) -> str:
         return pathlib.PurePath(os.path.relpath(path, self._out)).as_posix()
@@ -162,8 +168,7 @@ def _section(
     rows = [row for row in compared if row.label == label]
     if rows:
         strong = [row.adjusted is not None and row.adjusted < 0.05 for row in rows]
-        title = "Differences between runs"
-        shown.append(writer.table(comparisons.table(rows, title, family), label, "comparisons", strong))
+        shown.append(writer.table(comparisons.table(rows, family), label, "comparisons", strong))
     return _Section(
         label=label,
         title=study.title if label == study.name else f"{study.title} ({label})",
@@ -171,7 +176,7 @@ def _section(
         paper=study.paper,
         protocol=_paragraphs(type(study)),
         settings=tuple(_settings(first)),
-        figures=writer.figures(study.figures(findings), label, getattr(study, "captions", {})),
+        figures=writer.figures(study.figures(findings), label, study.captions),
         tables=tuple(shown),
         caveats=tuple(_caveats(ready)) + tuple(_unequal(ready)),
         skipped=skipped,
@@ -304,9 +309,9 @@ def _file_name(label: str, name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
 
 
-def _interval(number: tables.Number) -> str:
-    """The interval as it stands behind its number; the unit is said once."""
-    if number.low is None or number.high is None:
+def _interval(number: Any) -> str:
+    """The interval as it stands behind its number; the unit is said once. Empty for what has none."""
+    if not isinstance(number, tables.Number) or number.low is None or number.high is None:
         return ""
     low, high = (format(end, number.format) for end in (number.low, number.high))
     if low.endswith("%") and high.endswith("%"):
@@ -319,6 +324,8 @@ def _value(cell: Any) -> str:
     if isinstance(cell, tables.Number):
         return str(dataclasses.replace(cell, low=None, high=None)).replace("-", "−")
     text = tables.text(cell)
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        text = f"{cell:,}"
     return text.replace("-", "−", 1) if isinstance(cell, int | float) else text
 
 
@@ -332,5 +339,5 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["value"] = _value
-    environment.filters["interval"] = lambda cell: _interval(cell) if isinstance(cell, tables.Number) else ""
+    environment.filters["interval"] = _interval
     return environment

@@ -51,24 +51,32 @@ def collect(found: Mapping[str, Mapping[str, results.Result]]) -> list[Row]:
     ]
 
 
-def table(rows: Sequence[Row], title: str, family: int) -> tables.Table:
+def table(rows: Sequence[Row], family: int) -> tables.Table:
     """The comparisons as a table; one line a difference, second run minus first.
 
     Args:
-      rows: some or all of the comparisons.
-      title: the table's title.
+      rows: some or all of the comparisons, at least one.
       family: how many tests the adjustment was over.
     """
-    lines = []
+    lines: list[tuple] = []
+    pairs: dict[str, None] = {}
     for row in rows:
         item = row.comparison
         difference = tables.Number(item.difference, item.low, item.high, item.over, item.format)
         pair = f"{row.second} − {row.first}"
+        pairs[pair] = None
         lines.append((item.quantity, pair, difference, p_text(item.p_value), p_text(row.adjusted), item.test))
+    columns = ("quantity", "runs", "difference", "p", "p (Holm)", "test")
+    title = "Differences between runs"
+    if len(pairs) == 1:
+        # One pair is said once.
+        title = f"Differences, {next(iter(pairs))}"
+        lines = [(line[0], *line[2:]) for line in lines]
+        columns = (columns[0], *columns[2:])
     over = sorted({row.comparison.over for row in rows if row.comparison.over})
     return tables.Table(
         title=title,
-        columns=("quantity", "runs", "difference", "p", "p (Holm)", "test"),
+        columns=columns,
         rows=lines,
         caption=(
             f"Second run minus first, paired; 95 % intervals over {' and '.join(over) or 'images'}. "

@@ -55,7 +55,8 @@ def find(paths: Sequence[os.PathLike | str | tuple[str, os.PathLike | str]]) -> 
         for folder in map(pathlib.Path.resolve, folders):
             names[folder] = name or names.get(folder, folder.name)
     named = [(name, folder) for folder, name in names.items()]
-    return [_read(name, folder) for name, folder in _distinct(named)]
+    # Runs without results go last: the position of a run is its colour in every figure.
+    return sorted((_read(name, folder) for name, folder in _distinct(named)), key=lambda run: not run.results)
 
 
 def labels(runs: Iterable[Run]) -> list[str]:

@@ -106,7 +106,7 @@ def _source(images: Any, labels: Any, class_names: tuple[str, ...] | None, what:
         if not (low >= 0 and high <= 1):
             remedy = "divide by 255" if low >= 0 and high <= 255 else "undo the normalisation: it belongs in the model"
             raise errors.UserError(f"{what} lie in [{low:.3g}, {high:.3g}]: expected pixels in [0, 1]; {remedy}.")
-    return data.from_arrays(images, labels, class_names=class_names, name=f"{len(images):,} given images")
+    return data.from_arrays(images, labels, class_names=class_names, name="given images")
 
 
 def _check_labels(source: Any, num_classes: int, what: str) -> None:

@@ -102,12 +102,14 @@ class Study:
       title: a heading.
       question: the question that it answers, in a sentence for a reader who knows no jargon.
       paper: authors, year and arXiv id of what it reproduces.
+      captions: of its figures by name: what is drawn, in words.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     question: ClassVar[str]
     paper: ClassVar[str]
+    captions: ClassVar[Mapping[str, str]] = {}
 
     def settings(self) -> dict[str, Any]:
         """The settings as a plain dict with the study's `name`; equal settings give equal records."""

@@ -81,6 +81,7 @@ def test_what_is_in_the_page(page):
         "vit. This coin is hardly better than chance.",
         "Second paragraph of the protocol.",
         "coins, 200 test images",
+        "Differences, vit − resnet",
         "exact McNemar",
         "step 100",
     ):
@@ -150,7 +151,11 @@ def test_holm_is_over_the_whole_report(tmp_path):
     np.testing.assert_array_equal([row.adjusted for row in rows], expected)
     smallest = min(row.comparison.p_value for row in rows)
     assert min(row.adjusted for row in rows) == pytest.approx(min(6 * smallest, 1))
-    assert "all 6 tests" in comparisons.table(rows, "title", 6).caption
+    table = comparisons.table(rows, 6)
+    assert "all 6 tests" in table.caption
+    assert table.rows[1][:2] == ("accuracy", "run2 − run0")
+    one_pair = comparisons.table(rows[:1], 6)
+    assert (one_pair.title, one_pair.columns[1]) == ("Differences, run1 − run0", "difference")
 
 
 def test_no_paired_test_over_other_images(tmp_path):
@@ -158,7 +163,7 @@ def test_no_paired_test_over_other_images(tmp_path):
     fabricated_study.write(tmp_path / "two", data="bbbb", seed=1)
     content = report.write([tmp_path], tmp_path / "report").read_text()
     assert "Judged on other images than one" in content
-    assert "Differences between runs" not in content
+    assert "Differences" not in content
 
 
 def test_other_settings_are_said(tmp_path):
@@ -215,6 +220,15 @@ def test_training_curves(workdir):
     assert lines["vit, train"].get_color() == plots.color(1)
 
 
+def test_seeds_are_judged_and_their_common_folder_is_not(tmp_path):
+    fabricated_study.write_metrics(tmp_path / "vit")
+    for seed in range(2):
+        fabricated_study.write(tmp_path / f"vit.seed{seed}", seed=seed)
+    content = report.write([tmp_path], tmp_path / "report").read_text()
+    assert "<h1>vit.seed0 and vit.seed1</h1>" in content
+    assert "vit, train" in content  # The training curve.
+
+
 def test_metrics_of_replicas_are_averaged(tmp_path):
     fabricated_study.write(tmp_path / "one")
     (tmp_path / "one" / "metrics.jsonl").write_text('{"step": 5, "validation/accuracy": [0.5, 0.7]}\n')
@@ -243,7 +257,7 @@ def test_a_study_without_result_is_not_taken_for_finished(tmp_path):
     folder = fabricated_study.write(tmp_path / "one")
     fabricated_study.write(tmp_path / "two")
     (folder / "result.json").unlink()
-    assert [list(run.results) for run in runs.find([tmp_path])] == [[], ["coin"]]
+    assert {run.name: list(run.results) for run in runs.find([tmp_path])} == {"two": ["coin"], "one": []}
 
 
 def test_command(workdir, tmp_path, capsys, monkeypatch):
