@@ -28,8 +28,7 @@ def get_config(argument: str = ""):
         config.studies = {
             "accuracy": settings.study("accuracy"),
             "calibration": settings.study("calibration"),
-            "fgsm": settings.study("attack_curve", attack="fgsm", examples=2000),
-            "pgd": settings.study("attack_curve", attack="pgd", steps=20, examples=1000),
+            "attack_curve": settings.study("attack_curve", examples=1000, steps=20),
             "hessian_spectrum": settings.study("hessian_spectrum"),
         }
     config.data.augment = ("flip()",)

@@ -26,13 +26,12 @@ def get_config(argument: str = ""):
         config.studies = {
             "accuracy": settings.study("accuracy"),
             "calibration": settings.study("calibration"),
-            "fgsm": settings.study("attack_curve", attack="fgsm", examples=512),
-            "pgd": settings.study("attack_curve", attack="pgd", steps=10, examples=256),
+            "attack_curve": settings.study("attack_curve", examples=192, steps=10),
             "hessian_spectrum": settings.study("hessian_spectrum"),
         }
     config.data.batch = 64
     config.train.epochs = 5.0
-    config.threat = "linf-8"
+    config.threat = "textured_shapes/linf-8"
     if smoke:
         presets.shrink(config)
     return config

@@ -19,8 +19,7 @@ def get_config(argument: str = ""):
         config.studies = {
             "accuracy": settings.study("accuracy"),
             "calibration": settings.study("calibration"),
-            "fgsm": settings.study("attack_curve", attack="fgsm", examples=5000),
-            "pgd": settings.study("attack_curve", attack="pgd", steps=20, examples=1000),
+            "attack_curve": settings.study("attack_curve", examples=1000, steps=20),
             "hessian_spectrum": settings.study("hessian_spectrum"),
         }
     smoke = presets.apply_argument(config, argument, data="imagenet", image_size=224)
@@ -33,7 +32,7 @@ def get_config(argument: str = ""):
     config.optimizer.warmup_epochs = 5.0
     config.optimizer.weight_decay = 1e-4
     config.train.epochs = 90.0
-    config.threat = "linf-4"
+    config.threat = "imagenet/linf-4"
     if smoke:
         with config.unlocked():
             config.model.update({"depth": 18, "width": 8, "dtype": "float32"})

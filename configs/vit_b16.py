@@ -21,8 +21,7 @@ def get_config(argument: str = ""):
         config.studies = {
             "accuracy": settings.study("accuracy"),
             "calibration": settings.study("calibration"),
-            "fgsm": settings.study("attack_curve", attack="fgsm", examples=5000),
-            "pgd": settings.study("attack_curve", attack="pgd", steps=20, examples=1000),
+            "attack_curve": settings.study("attack_curve", examples=1000, steps=20),
             "hessian_spectrum": settings.study("hessian_spectrum"),
         }
     # Small images are enlarged inside the classifier: at 32 px a patch of 16 would leave four tokens.
@@ -33,7 +32,7 @@ def get_config(argument: str = ""):
     config.optimizer.warmup_epochs = 10.0
     config.optimizer.clip = 1.0
     config.train.epochs = 300.0
-    config.threat = "linf-4"
+    config.threat = "imagenet/linf-4"
     if smoke:
         with config.unlocked():
             config.model.update({"size": "Ti", "dtype": "float32"})

@@ -22,7 +22,7 @@ from robust_vit.training import optimizers, schedules
 FREE_KEYS = ("studies", "threat", "runs", "log_every", "profile", "checkpoint", "study_step", "resume")
 FREE_DATA_KEYS = ("data_dir", "test_split", "test_limit", "eval_batch", "cache", "workers")
 
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+_TYPES = {"tuple": tuple, "int": int, "float": float, "str": str, "bool": bool}
 
 
 def default() -> ml_collections.ConfigDict:
@@ -108,9 +108,9 @@ def model(name: str, **options: Any) -> ml_collections.ConfigDict:
     Args:
       name: a key of `models.MODELS`.
       **options: the options that differ from the model's defaults; also `init`, a path to weights (`.npz`) or a run
-        folder.
+        folder, and `init_reset`, a pattern of the variables that start anew all the same (`"^params/head/"`).
     """
-    part = ml_collections.ConfigDict({"name": name, "init": ""})
+    part = ml_collections.ConfigDict({"name": name, "init": "", "init_reset": ""})
     parameters = inspect.signature(_attribute(models.MODELS, "model", name)).parameters.values()
     _fill(
         part,
@@ -139,7 +139,8 @@ def resolve(config: ml_collections.ConfigDict) -> dict[str, ml_collections.Confi
       errors.UserError: an override of an unknown key, naming the nearest; a run name that is no folder name.
     """
     resolved = {}
-    for name, overrides in config.runs.items() if config.runs else [("main", {})]:
+    runs = config.runs.to_dict() or {"main": {}}
+    for name, overrides in runs.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "report":
             raise errors.UserError(f"run name {name!r}: use letters, digits, '_', '.' and '-', and not 'report'.")
         run = ml_collections.ConfigDict(config.to_dict(preserve_field_references=False))
@@ -202,10 +203,7 @@ def _override(config: ml_collections.ConfigDict, overrides: Mapping[str, Any], p
                 config[key] = value
         elif key in ("model", "objective") and value.get("name", config[key].name) != config[key].name:
             with config.unlocked():
-                config[key] = ml_collections.ConfigDict(dict(value))
-        elif key == "studies":
-            with config.unlocked():
-                config.studies = ml_collections.ConfigDict(dict(value))
+                config[key] = ml_collections.ConfigDict(value)
         else:
             _override(config[key], value, f"{path}.{key}")
 

@@ -31,8 +31,10 @@ from robust_vit import (
     progress,
     settings,
     studies,
+    trees,
 )
 from robust_vit.metrics import streaming
+from robust_vit.models import weights
 from robust_vit.training import optimizers, schedules
 from robust_vit.training import state as train_state
 from robust_vit.training import step as train_step
@@ -130,7 +132,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name
     settings.build_studies(config)
     bundle = data.load({**config.data.to_dict(), "seed": config.seed})
     options = config.model.to_dict()
-    options.pop("init", None)
+    for key in ("init", "init_reset"):
+        options.pop(key, None)
     module = models.build(options.pop("name"), num_classes=bundle.num_classes, **options)
     steps = config.train.steps or max(round(config.train.epochs * bundle.train.steps_per_epoch), 1)
     optimizer_options = config.optimizer.to_dict()
@@ -335,14 +338,16 @@ def _starting_state(setup: Setup, keeper: checkpoints.Checkpoints) -> train_stat
 
 def _load_variables(path: str, setup: Setup, state: train_state.TrainState) -> PyTree:
     variables = {"params": state.params, **state.model_state}
+    reset = setup.config.model.get("init_reset") or None
     if setup.replicas is not None:
         raise errors.UserError(
             "model.init with replicas > 1: every seed would start from the same weights; use replicas=1."
         )
     if pathlib.Path(path).is_dir():
         raw = checkpoints.read_variables(pathlib.Path(path) / "checkpoints")
-        return models.match_variables(raw, variables, source=path)
-    return models.load_weights(path, variables)
+        arrays = dict(zip(trees.paths(raw), map(np.asarray, jax.tree.leaves(raw)), strict=True))
+        return weights.fit(arrays, variables, reset=reset, source=path)
+    return weights.load_weights(path, variables, reset=reset)
 
 
 def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:

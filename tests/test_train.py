@@ -1,0 +1,205 @@
+"""Training end to end on a tiny image folder: learning, resuming to the same bytes, what a mistake gets."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from robust_vit import checkpoints, errors, progress, settings, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Two classes of 8 px images that a linear model tells apart: left half bright, right half bright."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 12)):
+        for label, name in enumerate(("left", "right")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                image = random.integers(0, 120, (8, 8, 3))
+                image[:, 4 * label : 4 * label + 4] += 100
+                Image.fromarray(image.astype(np.uint8)).save(root / split / name / f"{index:03d}.png")
+    return root
+
+
+def _config(folder, **flat) -> ml_collections.ConfigDict:
+    config = settings.default()
+    config.data.update(
+        {"name": f"folder={folder}", "validation": 0.2, "augment": ("pad_crop(1)",), "batch": 16, "eval_batch": 16}
+    )
+    with config.unlocked():
+        config.model = settings.model("vit", width=16, depth=1, heads=2, mlp_width=16, patch=4, dropout=0.1)
+    config.train.steps = 12
+    config.log_every = 5
+    config.optimizer.learning_rate = 3e-3
+    with config.ignore_type():
+        config.update_from_flattened_dict(flat)
+    return settings.resolve(config)["main"]
+
+
+def _train(folder, workdir, stop=lambda: False, **flat) -> train.Setup:
+    setup = train.prepare(_config(folder, **flat), workdir)
+    train.train(setup, stop=stop)
+    return setup
+
+
+def _after(polls: int):
+    count = iter(range(polls))
+    return lambda: next(count, None) is None
+
+
+def _leaves(setup) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(train.restore(setup, "last")[0])]
+
+
+def _same(left, right) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(_leaves(left), _leaves(right), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> train.Setup:
+    """A run that was never interrupted."""
+    return _train(folder, tmp_path_factory.mktemp("whole"))
+
+
+def test_it_learns_and_writes_what_it_did(folder, tmp_path):
+    setup = _train(folder, tmp_path, **{"train.steps": 60})
+    lines = progress.read(setup.folder / "metrics.jsonl")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < 0.6 * losses[0]
+    assert [line for line in lines if "validation/accuracy" in line][-1]["validation/accuracy"] > 0.9
+    assert list((setup.folder / "events").iterdir())
+    subjects, step = train.subjects(setup)
+    assert step in checkpoints.steps(setup.folder / "checkpoints")
+    batch = setup.bundle.test.batch(0)
+    predicted = np.argmax(subjects["main"].classifier(batch["image"]), axis=-1)
+    assert np.mean((predicted == batch["label"])[batch["mask"]]) > 0.9
+
+
+def test_the_best_checkpoint_is_the_one_of_the_best_validation(folder, tmp_path):
+    setup = _train(folder, tmp_path, **{"train.steps": 24})
+    scores = {
+        line["step"]: line["validation/accuracy"]
+        for line in progress.read(setup.folder / "metrics.jsonl")
+        if "validation/accuracy" in line
+    }
+    best = min(step for step, score in scores.items() if score == max(scores.values()))
+    assert train.restore(setup, "best")[1] == best
+    assert train.restore(setup, "last")[1] == 24
+
+
+@pytest.mark.parametrize("polls", [1, 4, 5, 8])
+def test_stopped_and_resumed_ends_with_the_same_bytes(folder, tmp_path, whole, polls):
+    with pytest.raises(train.Stopped, match=f"after step {polls} of 12"):
+        _train(folder, tmp_path, stop=_after(polls))
+    resumed = _train(folder, tmp_path)
+    assert _same(whole, resumed)
+    assert (resumed.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(folder, tmp_path, whole, caplog):
+    with pytest.raises(train.Stopped):
+        _train(folder, tmp_path, stop=_after(9))
+    newest = tmp_path / "main" / "checkpoints" / "9"
+    victim = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    resumed = _train(folder, tmp_path)
+    assert "checkpoint of step 9 is damaged" in caplog.text
+    assert _same(whole, resumed)
+
+
+def test_a_finished_run_is_not_trained_again(folder, whole, caplog):
+    before = _leaves(whole)
+    caplog.set_level("INFO", logger="robust_vit")
+    train.train(train.prepare(_config(folder), whole.folder.parent))
+    assert "training is finished" in caplog.text
+    assert all(np.array_equal(a, b) for a, b in zip(before, _leaves(whole), strict=True))
+
+
+def test_another_seed_is_another_run(folder, tmp_path, whole):
+    assert not _same(whole, _train(folder, tmp_path, seed=1))
+
+
+def test_a_workdir_of_another_configuration_is_refused(folder, whole):
+    with pytest.raises(errors.UserError, match=r"was trained with optimizer.learning_rate=0.003, and 0.1 is asked for"):
+        train.prepare(_config(folder, **{"optimizer.learning_rate": 0.1}), whole.folder.parent)
+    train.prepare(_config(folder, **{"log_every": 3}), whole.folder.parent)
+
+
+def test_a_loss_that_explodes_names_the_step_and_keeps_the_checkpoints(folder, tmp_path):
+    with pytest.raises(
+        errors.UserError, match=r"(loss|gradient_norm) is not finite at step \d+: lower optimizer.learning_rate"
+    ):
+        _train(
+            folder,
+            tmp_path,
+            **{"optimizer.learning_rate": 1e30, "optimizer.name": "sgd", "optimizer.warmup_epochs": 0.0},
+        )
+    assert all(checkpoints.find_damage(path) is None for path in (tmp_path / "main" / "checkpoints").iterdir())
+
+
+def test_resume_continues_another_run_and_init_takes_its_weights(folder, tmp_path, whole):
+    continued = train.prepare(_config(folder, **{"train.steps": 14, "resume": str(whole.folder)}), tmp_path / "a")
+    train.train(continued)
+    assert progress.read(continued.folder / "metrics.jsonl")[0]["step"] > 12
+    with contextlib.suppress(train.Stopped):
+        _train(folder, tmp_path / "b", stop=_after(0), **{"model.init": str(whole.folder)})
+    setup = train.prepare(_config(folder, **{"model.init": str(whole.folder)}), tmp_path / "b")
+    state, step = train.restore(setup, "last")
+    assert step == 0
+    expected = train.restore(whole, "last")[0].params
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), state.params, expected))
+
+
+def test_replicas_are_trained_together_and_studied_apart(folder, tmp_path):
+    setup = _train(folder, tmp_path, replicas=2)
+    subjects, _ = train.subjects(setup)
+    assert list(subjects) == ["main.seed0", "main.seed1"]
+    kernels = [jax.tree.leaves(subject.classifier.params)[0] for subject in subjects.values()]
+    assert not np.array_equal(*kernels)
+    line = progress.read(setup.folder / "metrics.jsonl")[0]
+    assert len(line["train/loss"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"model.name": "vitt"}, "did you mean 'vit'"),
+        ({"model.patch": 3}, "patch"),
+        ({"data.name": "folder=/nowhere"}, "/nowhere"),
+        ({"train.accumulate": 3}, "train.accumulate=3 does not divide data.batch=16"),
+        ({"objective.label_smoothing": 1.5}, "expected a share in"),
+        ({"optimizer.decay_pattern": "weights"}, "finds none of the"),
+        ({"resume": "/nowhere"}, "resume=/nowhere: no checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line(folder, tmp_path, flat, message):
+    with pytest.raises(errors.UserError) as raised:
+        _train(folder, tmp_path, **flat)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [{"train.accumulate": 2}, {"optimizer.name": "sam"}, {"optimizer.name": "lamb"}, {"train.average_decay": 0.9}],
+)
+def test_every_way_to_train_takes_steps(folder, tmp_path, flat):
+    setup = _train(folder, tmp_path, **{"train.steps": 3}, **flat)
+    state, step = train.restore(setup, "last")
+    assert step == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_profile_window_writes_a_trace(folder, tmp_path):
+    setup = _train(folder, tmp_path, **{"train.steps": 4, "profile.start": 2, "profile.steps": 1})
+    assert list((setup.folder / "profile").rglob("*.xplane.pb"))
