@@ -134,7 +134,9 @@ def test_a_checkpoint_of_another_model_names_what_differs(tmp_path):
         errors.UserError, match=r"params/dense/kernel is float32\[64, 33\] in the checkpoint and float32\[64, 10\]"
     ):
         checkpoints.restore(tmp_path, other)
-    with pytest.raises(errors.UserError, match="other is absent in the checkpoint and float32.* in the config, and 3 more differ"):
+    with pytest.raises(
+        errors.UserError, match="other is absent in the checkpoint and float32.* in the config, and 3 more differ"
+    ):
         checkpoints.restore(tmp_path, {"other": jnp.zeros(3)})
 
 

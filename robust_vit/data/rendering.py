@@ -33,7 +33,9 @@ WARP = 0.06  # Largest displacement of the contour by a wave of one cycle per im
 # Luminance and colour, in [0, 1].
 LUMINANCE = (0.42, 0.58)  # Mean of the background.
 STEP = (0.12, 0.2)  # The object's mean is lighter or darker by this.
-CONTRAST = 0.1  # Standard deviation of texture and background; less than 1 % of all values are clipped to [0, 1].
+# Standard deviation of texture and background; less than 1 % of all values are clipped to [0, 1].
+TEXTURE_CONTRAST = 0.15
+BACKGROUND_CONTRAST = 0.07
 CHROMA = 0.1  # Length of the colour offset, orthogonal to grey.
 EDGE_WIDTH = 1.5 / 32  # Of the image's width.
 
@@ -123,8 +125,8 @@ def render(recipe: Recipe, split: str, rows: np.ndarray) -> dict[str, Any]:
     """Examples of a split: the labels of `labels`, and three arrays.
 
     Returns:
-      `image` uint8 `[rows, size, size, 3]`; `object_mask` uint8 `[rows, size, size]`, 255 inside; `box` float32 `[rows, 4]`: top, left,
-      bottom, right, in [0, 1].
+      `image` uint8 `[rows, size, size, 3]`; `object_mask` uint8 `[rows, size, size]`, 255 inside; `box` float32 `[rows, 4]`:
+      top, left, bottom, right, in [0, 1].
     """
     rows = np.asarray(rows, np.int64)
     found = labels(recipe, split, rows)
@@ -177,12 +179,12 @@ def _painted(recipe: Recipe, split: str, rows: np.ndarray, found: dict, inside: 
     ground_mean = low + (high - low) * u[:, 2]
     step = STEP[0] + (STEP[1] - STEP[0]) * u[:, 0]
     object_mean = ground_mean + np.where(u[:, 4] < 0.5, step, -step)
-    luminance = object_mean[:, None, None] + np.float32(CONTRAST) * texture
+    luminance = object_mean[:, None, None] + np.float32(TEXTURE_CONTRAST) * texture
     painted = luminance[..., None] + _tint(u[:, 1], chroma)
     if recipe.variant == "texture_only":
         return painted
     field = textures.fields(found["background_label"], bits[:, 1], kind="background")
-    luminance = ground_mean[:, None, None] + np.float32(CONTRAST) * field
+    luminance = ground_mean[:, None, None] + np.float32(BACKGROUND_CONTRAST) * field
     # A background's hue goes with its label, within a third of the distance to the next.
     hue = (found["background_label"] + (u[:, 3] - 0.5) / 3).astype(np.float32) / NUM_CLASSES
     ground = luminance[..., None] + _tint(hue, chroma)

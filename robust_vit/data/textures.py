@@ -68,6 +68,8 @@ def amplitudes(kind: str, size: int) -> Float[np.ndarray, "label size half"]:
     """Square roots of all spectra of a kind ("texture" or "background"), float32, read-only."""
     function, names = {"texture": (spectrum, NAMES), "background": (background_spectrum, BACKGROUNDS)}[kind]
     stacked = np.sqrt(np.stack([function(label, size=size) for label in range(len(names))])).astype(np.float32)
+    # The transform keeps only the Hermitian part of these two columns, which has half the variance of what goes in.
+    stacked[:, :, [0, -1]] *= np.sqrt(np.float32(2))
     stacked.flags.writeable = False
     return stacked
 

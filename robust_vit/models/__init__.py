@@ -17,6 +17,19 @@ import jax
 import jax.numpy as jnp
 
 from robust_vit import classifier, errors
+from robust_vit.models.weights import load_weights, resize_positions, save_weights, stack_blocks, unstack_blocks
+
+__all__ = [
+    "MODELS",
+    "build",
+    "init",
+    "load_weights",
+    "options",
+    "resize_positions",
+    "save_weights",
+    "stack_blocks",
+    "unstack_blocks",
+]
 
 PyTree = Any
 

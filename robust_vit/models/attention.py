@@ -18,7 +18,7 @@ def attend(
 ) -> tuple[Float[Array, "batch heads queries depth"], Float[Array, "batch heads queries keys"]]:
     """Scaled dot-product attention and its weights (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
 
-    The softmax runs in float32 whatever the dtype of the inputs; both outputs have the dtype of `query`.
+    The softmax runs in float32 or better whatever the dtype of the inputs; both outputs have the dtype of `query`.
 
     Args:
       query: what asks.
@@ -28,11 +28,11 @@ def attend(
       allowed: False where a query must not see a key; a row needs one True.
     """
     logits = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key)
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if bias is not None:
-        logits = logits + bias.astype(jnp.float32)[None]
+        logits = logits + bias.astype(logits.dtype)[None]
     if allowed is not None:
-        logits = jnp.where(allowed[None, None], logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(allowed[None, None], logits, jnp.finfo(logits.dtype).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value), weights
 

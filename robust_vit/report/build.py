@@ -319,6 +319,11 @@ def _interval(number: Any) -> str:
     return f"[{low}, {high}]".replace("-", "−")
 
 
+def _breakable(name: str) -> markupsafe.Markup:
+    """A run's name that a narrow column may break after its separators."""
+    return markupsafe.Markup(re.sub(r"([_./-])(?=.)", r"\1<wbr>", str(markupsafe.escape(name))))
+
+
 def _value(cell: Any) -> str:
     """A cell without its interval, with a true minus sign before numbers."""
     if isinstance(cell, tables.Number):
@@ -340,4 +345,5 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["value"] = _value
     environment.filters["interval"] = _interval
+    environment.filters["breakable"] = _breakable
     return environment

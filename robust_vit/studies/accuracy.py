@@ -33,6 +33,10 @@ class Accuracy(study.Study):
     title: ClassVar[str] = "Accuracy"
     question: ClassVar[str] = "How often is the model right on images that it has never seen?"
     paper: ClassVar[str] = "Brier 1950; Clopper & Pearson 1934; McNemar 1947"
+    captions: ClassVar[Mapping[str, str]] = {
+        "accuracy": "Top-1 accuracy on the test images, with 95 % Clopper-Pearson intervals over images",
+        "accuracy_by_class": "Accuracy on the images of each class, with 95 % Clopper-Pearson intervals over images",
+    }
 
     batch: int = 256
     examples: int | None = None
@@ -94,8 +98,10 @@ class Accuracy(study.Study):
 
     def figures(self, findings: Mapping[str, study.Finding]) -> dict[str, matplotlib_figure.Figure]:
         """Accuracy of each run, and by class where there are few enough to read."""
+        if not findings:
+            return {}
         figures = {"accuracy": _overall(findings)}
-        names = list(next(iter(findings.values())).summary["by_class"]) if findings else []
+        names = [str(name) for name in next(iter(findings.values())).records["exhibit/class_names"]]
         if 1 < len(names) <= _CLASSES_SHOWN:
             figures["accuracy_by_class"] = _by_class(findings, names)
         return figures

@@ -51,6 +51,16 @@ class AttackCurve(study.Study):
     title: ClassVar[str] = "Adversarial robustness"
     question: ClassVar[str] = "How little must an image be changed, in the worst direction, to make the model wrong?"
     paper: ClassVar[str] = "Goodfellow et al. 2015, arXiv 1412.6572; Madry et al. 2018, arXiv 1706.06083"
+    captions: ClassVar[Mapping[str, str]] = {
+        "attack_curve": (
+            "Share of the images that stay right under every attack up to the size ε, misclassified images counted as "
+            "broken; bands are 95 % Clopper-Pearson intervals over images, the dashed line is the threat model's ε"
+        ),
+        "adversarial_examples": (
+            "The first test images, not selected: clean, attacked, and the change, scaled so that its largest value is black "
+            "or white. Above each image stands what the model takes it for"
+        ),
+    }
 
     attacks: tuple[str, ...] = ("fgsm", "pgd")
     threat: str | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import figure as matplotlib_figure
-from matplotlib import lines
+from matplotlib import lines, ticker
 
 from robust_vit import plots
 from robust_vit.studies import study
@@ -79,6 +79,7 @@ def curves(findings: Mapping[str, study.Finding], attacks: Sequence[str]) -> mat
         axis.set_ylim(0, 1)
         axis.set_xlim(left=0)
         plots.percent(axis)
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         norm = NORMS.get(summary["norm"], summary["norm"])
         axis.set_xlabel(f"size ε of the perturbation, {norm}, pixels in [0, 1]")
         axis.set_ylabel("robust accuracy")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from matplotlib import figure as matplotlib_figure
+from matplotlib import ticker
 
 from robust_vit import curvature, errors, losses, plots, tables, trees
 from robust_vit.attacks import skeleton
@@ -68,6 +69,12 @@ class HessianSpectrum(study.Study):
         "How sharply does the training loss curve around the weights, and does it curve downwards?"
     )
     paper: ClassVar[str] = "Park & Kim 2022, arXiv 2202.06709, figures 1c and 4"
+    captions: ClassVar[Mapping[str, str]] = {
+        "hessian_spectrum": (
+            "Density of the eigenvalues of largest magnitude, pooled over mini-batches; each stroke is an eigenvalue. "
+            "To the left of the dashed line the loss curves downwards"
+        ),
+    }
 
     batch: int = 16
     mini_batches: int = 10
@@ -244,9 +251,11 @@ def _examples(stream: Any, start: int, count: int) -> dict[str, np.ndarray]:
 def _ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
     pooled = {run: np.sort(finding.records["eigenvalues"].ravel()) for run, finding in findings.items()}
     everything = np.concatenate(list(pooled.values()))
-    largest = np.abs(everything).max()
+    sizes = np.abs(everything[everything != 0.0])
+    largest = sizes.max() if len(sizes) else 1.0
     # Runs differ by orders of magnitude: linear near zero, logarithmic beyond, so that signs and tails both show.
-    width = 10.0 ** math.floor(math.log10(max(np.quantile(np.abs(everything), 0.1), largest * 1e-4, 1e-12)))
+    smallest = max(np.quantile(sizes, 0.05) if len(sizes) else 1.0, largest * 1e-4)
+    width = 10.0 ** math.floor(math.log10(smallest))
     low, high = np.arcsinh(everything.min() / width), np.arcsinh(everything.max() / width)
     pad = 0.12 * max(high - low, 0.5)
     grid = np.linspace(min(low, 0.0) - pad, high + pad, 400)
@@ -266,6 +275,10 @@ def _ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
                 axis.plot(values, np.zeros(len(values)), "|", color=color, markersize=9)
             axis.axvline(0.0, color=plots.INK, linewidth=1.0, linestyle=(0, (4, 3)))
             axis.set_xscale("asinh", linear_width=width)
+            decades = width * 10.0 ** np.arange(math.ceil(math.log10(largest / width)) + 1)
+            axis.xaxis.set_major_locator(ticker.FixedLocator([*-decades[::-1], 0.0, *decades]))
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
             axis.set_xlim(np.sinh(grid[0]) * width, np.sinh(grid[-1]) * width)
             axis.set_yticks([])
             axis.spines["left"].set_visible(False)

@@ -1,0 +1,135 @@
+"""What holds of every study: one row for each name that is registered."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import make_subject
+
+from robust_vit import errors, files, plots, studies
+
+SETTINGS = {
+    "accuracy": {"batch": 64},
+    "attack_curve": {"batch": 64, "examples": 100, "multiples": (0.5, 1.0), "steps": 3, "exhibits": 2},
+    "calibration": {"batch": 64, "draws": 50},
+    "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def findings():
+    subjects = {"first": make_subject(seed=0), "second": make_subject(seed=1, noise=2.0)}
+    return {
+        name: {run: studies.build(name, **SETTINGS[name]).run(subject) for run, subject in subjects.items()}
+        for name in SETTINGS
+    }
+
+
+def test_the_table_is_the_registry():
+    assert SETTINGS.keys() == studies.STUDIES.keys()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_every_study_says_of_itself(name):
+    study = studies.build(name)
+    assert study.name == name
+    assert study.title
+    assert study.question.endswith("?")
+    assert study.paper
+    assert type(study).__doc__
+    json.dumps(study.settings())
+    again = studies.build(**json.loads(json.dumps(study.settings())))
+    assert again == study
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_records_are_of_equal_length_and_summaries_survive_json(name, findings):
+    study = studies.build(name, **SETTINGS[name])
+    for finding in findings[name].values():
+        lengths = {len(v) for k, v in finding.records.items() if not k.startswith("exhibit/")}
+        assert len(lengths) == 1
+        assert {"row", "label"} <= finding.records.keys()
+        assert isinstance(finding.summary["caveats"], list)
+        plain = files.jsonable(finding.summary)
+        assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+        # The summary is a function of the records alone: read back from the disk they give it again.
+        assert study.summarise(dict(finding.records)) == finding.summary
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_figures_tables_and_comparisons_from_what_was_read_back(name, findings, tmp_path):
+    study = studies.build(name, **SETTINGS[name])
+    read = {}
+    for run, finding in findings[name].items():
+        files.write_npz(tmp_path / f"{run}.npz", finding.records)
+        files.write_json(tmp_path / f"{run}.json", finding.summary)
+        records, summary = files.read_npz(tmp_path / f"{run}.npz"), files.read_json(tmp_path / f"{run}.json")
+        read[run] = studies.Finding(finding.settings, records, summary)
+    figures, again = study.figures(read), study.figures(findings[name])
+    assert figures
+    for key, figure in figures.items():
+        assert plots.render(figure, "svg") == plots.render(again[key], "svg")
+    assert study.figures({"first": read["first"]}).keys() == figures.keys()
+    assert study.figures({}) == {}
+    for table in study.tables(read).values():
+        assert all(len(row) == len(table.columns) for row in table.rows)
+        assert {row[0] for row in table.rows} == {"first", "second"}
+        assert table.csv()
+        assert table.latex()
+    comparisons = study.compare(read["first"], read["second"])
+    assert comparisons
+    for forth, back in zip(comparisons, study.compare(read["second"], read["first"]), strict=True):
+        np.testing.assert_allclose(forth.difference, -back.difference)
+        assert 0 <= forth.p_value <= 1
+        assert forth.low <= forth.difference <= forth.high
+        assert forth.over in ("images", "mini-batches")
+    same = study.compare(read["first"], read["first"])
+    assert all(entry.difference == 0 and entry.p_value == 1.0 for entry in same)
+    assert study.headline(read["first"])
+    json.dumps(files.jsonable(study.card(read["first"])), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_chunk_is_a_pure_function(name):
+    study, subject = studies.build(name, **SETTINGS[name]), make_subject()
+    index = study.chunks(subject) - 1
+    first, second = study.chunk(subject, index), study.chunk(make_subject(), index)
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+    forward, backward = study.passes(subject)
+    assert forward > 0
+    assert backward >= 0
+
+
+def test_runs_on_other_images_are_not_compared(findings):
+    study = studies.build("accuracy", **SETTINGS["accuracy"])
+    first, second = findings["accuracy"].values()
+    marked = [
+        dataclasses.replace(finding, provenance={"data_fingerprint": mark})
+        for finding, mark in ((first, "a"), (second, "b"))
+    ]
+    assert study.compare(*marked) == []
+    relabelled = dataclasses.replace(second, records={**second.records, "label": second.records["label"][::-1]})
+    assert study.compare(first, relabelled) == []
+
+
+def test_runs_are_paired_by_row_not_by_position(findings):
+    study = studies.build("accuracy", **SETTINGS["accuracy"])
+    first, second = findings["accuracy"].values()
+    order = np.random.default_rng(0).permutation(len(second.records["row"]))[:120]
+    shuffled = {k: v if k.startswith("exhibit/") else v[order] for k, v in second.records.items()}
+    found = study.compare(first, dataclasses.replace(second, records=shuffled))[0]
+    rows = second.records["row"][order]
+    expected = np.mean(shuffled["rank"] < 1) - np.mean(first.records["rank"][rows] < 1)
+    np.testing.assert_allclose(found.difference, expected)
+
+
+def test_unknown_names_are_told_with_the_nearest():
+    with pytest.raises(errors.UserError, match="did you mean 'calibration'"):
+        studies.build("calibraton")
+    with pytest.raises(errors.UserError, match="did you mean 'examples'"):
+        studies.build("accuracy", exampels=3)
