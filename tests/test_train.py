@@ -16,15 +16,15 @@ from robust_vit import checkpoints, errors, progress, settings, train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """Two classes of 8 px images that a linear model tells apart: left half bright, right half bright."""
+    """Two classes of 8 px images that a linear model tells apart: reddish and bluish noise."""
     root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 12)):
-        for label, name in enumerate(("left", "right")):
+        for label, name in enumerate(("red", "blue")):
             (root / split / name).mkdir(parents=True)
             for index in range(count):
                 image = random.integers(0, 60, (8, 8, 3))
-                image[:, 4 * label : 4 * label + 4] += 150
+                image[:, :, 2 * label] += 150
                 Image.fromarray(image.astype(np.uint8)).save(root / split / name / f"{index:03d}.png")
     return root
 
