@@ -71,26 +71,17 @@ def test_init_is_float32_and_a_function_of_the_key(name):
         assert (gain == 0.0) if (name, path) == ("vit", "params/head/kernel") else 0.2 < gain < 8.0, path
 
 
-@pytest.mark.parametrize(
-    ("name", "shallow", "deep"),
-    [
-        ("vit", {"depth": 2}, {"depth": 12}),
-        ("vit", {"depth": 2, "scan": True}, {"depth": 12, "scan": True}),
-        ("resnet", {"depth": 8}, {"depth": 26}),
-    ],
-)
-def test_unused_features_take_no_memory(name, shallow, deep):
-    """Working memory of the logits does not grow with depth, as it must where every feature is held."""
-    images = jnp.zeros((512, 8, 8, 1))
-
-    def working_memory(given):
-        module = models.build(name, num_classes=5, **{**TABLE[name], **given})
-        variables = jax.eval_shape(lambda key: module.init(key, images), jax.random.key(0))
-        compiled = jax.jit(lambda v, x: module.apply(v, x)[0]).lower(variables, images).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    # Measured: 1.0 to 1.2 times.
-    assert working_memory(deep) < 1.5 * working_memory(shallow)
+@pytest.mark.parametrize(("name", "given"), [("vit", {}), ("vit", {"scan": True}), ("resnet", {})])
+def test_unused_features_take_no_memory(name, given):
+    depth = {"vit": 8, "resnet": 26}[name]
+    module = models.build(name, num_classes=5, **{**TABLE[name], **given, "depth": depth})
+    images = jnp.zeros((256, 8, 8, 1))
+    variables = jax.eval_shape(module.init, jax.random.key(0), images)
+    compiled = jax.jit(lambda v, x: module.apply(v, x)[0]).lower(variables, images).compile()
+    _, features = jax.eval_shape(module.apply, variables, images)
+    held = sum(value.size * value.dtype.itemsize for value in features.values())
+    # Measured: 0.29 (scan) to 0.46 (ResNet) of what the features would take.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * held
 
 
 def test_gates_of_ones_are_the_model(model):
@@ -187,7 +178,8 @@ def test_gates_of_another_shape_are_told(model):
         module.apply(variables, jnp.zeros((2, 8, 8, 1)), gates=jnp.ones((3, len(module.branches))))
 
 
-# The papers' models at the papers' resolution and classes, and the exact numbers of `transformers`, timm and torchvision (ViT: Dosovitskiy et al. table 1 and DeiT table 1; He et al. 2016 for the ResNets, tables 1 and 6).
+# The papers' models at the papers' resolution and classes (Dosovitskiy et al. table 1, DeiT table 1, He et al. 2016 tables 1
+# and 6), and the exact numbers of timm and torchvision.
 PARAMETERS = [
     ("vit", {"size": "Ti"}, 224, 1000, 5_717_416),
     ("vit", {"size": "S"}, 224, 1000, 22_050_664),
