@@ -124,7 +124,8 @@ def test_killed_after_any_write_ends_with_the_same_bytes(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("done", range(5))
-def test_stopped_between_chunks_goes_on(tmp_path, done):
+def test_stopped_between_chunks_goes_on(tmp_path, done, caplog):
+    caplog.set_level(logging.INFO)
     evaluate.run_study(Tiny(), "tiny", _subject(), tmp_path / "whole" / "step_0")
     Tiny.computed.clear()
     directory = tmp_path / "stopped" / "step_0"
@@ -133,6 +134,7 @@ def test_stopped_between_chunks_goes_on(tmp_path, done):
     evaluate.run_study(Tiny(), "tiny", _subject(), directory)
     assert Tiny.computed == [0, 1, 2, 3, 4]
     assert _bytes(directory) == _bytes(tmp_path / "whole" / "step_0")
+    assert (f"goes on at chunk {done + 1} of 5" in caplog.text) == (done > 0)
 
 
 def test_a_damaged_chunk_is_computed_again(tmp_path):
@@ -177,6 +179,13 @@ def test_other_questions_are_not_answered_by_old_results(tmp_path, caplog, study
     evaluate.run_study(study, "tiny", _subject(**changes), directory)
     assert Tiny.computed == [0, 1, 2, 3, 4]
     assert f"of other {said};" in caplog.text
+
+
+def test_an_outdated_result_is_gone_before_the_new_one_is_there(tmp_path):
+    evaluate.run_study(Tiny(), "tiny", _subject(), tmp_path / "step_0")
+    with pytest.raises(evaluate.Stopped):
+        evaluate.run_study(Tiny(), "tiny", _subject(seed=3), tmp_path / "step_0", stop=lambda: True)
+    assert not results.is_finished(tmp_path / "step_0")
 
 
 def test_a_model_without_variables_is_known_by_its_logits(tmp_path):
