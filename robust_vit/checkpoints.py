@@ -201,16 +201,19 @@ def read_variables(folder: os.PathLike | str) -> PyTree:
     Raises:
       errors.UserError: there is none.
     """
-    folder = pathlib.Path(folder).absolute()
     for step in reversed(steps(folder)):
-        path = folder / str(step)
-        damage = find_damage(path)
+        damage = find_damage(pathlib.Path(folder) / str(step))
         if damage is None:
-            with ocp.StandardCheckpointer() as reader:
-                raw = reader.restore(path)
+            raw = read_raw(folder, step)
             return {"params": raw.get("average") or raw["params"], **(raw.get("model_state") or {})}
         _logger.warning("checkpoint of step %d is damaged (%s): falling back to the step before it", step, damage)
     raise errors.UserError(f"no intact checkpoint in {folder}: give the folder of a run that has saved one.")
+
+
+def read_raw(folder: os.PathLike | str, step: int) -> dict[str, Any]:
+    """The arrays of one step as nested dicts, without a target and without a check."""
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(pathlib.Path(folder).absolute() / str(step))
 
 
 def find_damage(path: os.PathLike | str) -> str | None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from robust_vit import errors
 
@@ -40,6 +41,8 @@ def configure_jax() -> None:
     import jax
 
     logger()
+    # Orbax and others narrate their work through absl at INFO.
+    absl_logging.set_verbosity(absl_logging.WARNING)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compilation" / _processor()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -1,0 +1,166 @@
+"""The command line as a user meets it: the quickstart, SIGTERM, and every mistake in one line with exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from robust_vit import checkpoints, errors
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+SMOKE = "--config=configs/quickstart.py:smoke"
+LIMIT = 280  # Seconds after which a process is killed: no test waits forever.
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> pathlib.Path:
+    """A user's cache folder: data set and compiled programs are made once."""
+    return tmp_path_factory.mktemp("home")
+
+
+def _start(home: pathlib.Path, *arguments: str) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(home),
+        "MPLBACKEND": "agg",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": "",
+    }
+    command = [sys.executable, "-m", "robust_vit.main", *arguments]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _finish(process: subprocess.Popen) -> tuple[int, str]:
+    try:
+        _, text = process.communicate(timeout=LIMIT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+    return process.returncode, text
+
+
+def _run(home: pathlib.Path, *arguments: str) -> tuple[int, str]:
+    return _finish(_start(home, *arguments))
+
+
+def _results(workdir: pathlib.Path) -> dict[str, bytes]:
+    """What has to be equal between a run that was killed and one that was not."""
+    kept = {}
+    for run in ("vit", "resnet"):
+        for path in sorted((workdir / run / "studies").rglob("*")):
+            if path.name in ("examples.npz", "result.json"):
+                kept[str(path.relative_to(workdir))] = path.read_bytes()
+        kept[f"{run}/metrics.jsonl"] = (workdir / run / "metrics.jsonl").read_bytes()
+        for step in checkpoints.steps(workdir / run / "checkpoints"):
+            raw = checkpoints.read_raw(workdir / run / "checkpoints", step)
+            kept[f"{run}/checkpoints/{step}"] = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(raw))
+    return kept
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a quickstart that was never interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    code, text = _run(home, SMOKE, f"--workdir={workdir}")
+    assert code == 0, text[-3000:]
+    assert text.rstrip().endswith(f"The report: {workdir}/report/index.html")
+    return workdir
+
+
+def test_the_quickstart_writes_everything_it_promises(whole):
+    html = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    for word in ("resnet", "vit", "Accuracy", "Calibration", "Adversarial robustness", "Hessian spectrum"):
+        assert word in html
+    assert (whole / "config.json").is_file()
+    for run in ("vit", "resnet"):
+        assert len(list((whole / run / "studies").glob("*/step_*/result.json"))) == 4
+
+
+def test_finished_work_is_not_done_again(home, whole):
+    before = _results(whole)
+    code, text = _run(home, SMOKE, f"--workdir={whole}")
+    assert code == 0
+    assert text.count("training is finished") == 2
+    assert _results(whole) == before
+
+
+def test_sigterm_saves_and_asks_to_be_requeued(home, whole, tmp_path):
+    workdir = tmp_path / "run"
+    process = _start(home, SMOKE, f"--workdir={workdir}")
+    deadline = time.monotonic() + LIMIT
+    while not (workdir / "resnet" / "training.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    code, text = _finish(process)
+    assert code == errors.EXIT_REQUEUE, text[-3000:]
+    assert "Run the same command again to go on" in text
+    code, text = _run(home, SMOKE, f"--workdir={workdir}")
+    assert code == 0, text[-3000:]
+    assert _results(workdir) == _results(whole)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_instants_ends_with_the_same_bytes(home, whole, tmp_path):
+    draw, workdir, kills = random.Random(0), tmp_path / "run", 0
+    for _ in range(20):
+        process = _start(home, SMOKE, f"--workdir={workdir}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=draw.uniform(3.0, 40.0))
+        if process.poll() is None:
+            kills += 1
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert kills >= 5
+    code, text = _run(home, SMOKE, f"--workdir={workdir}")
+    assert code == 0, text[-3000:]
+    assert _results(workdir) == _results(whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config=configs/quickstart.py:smok", "--workdir=x"), "did you mean 'smoke'"),
+        (("--config=configs/nothing.py", "--workdir=x"), "configs/nothing.py"),
+        ((SMOKE, "--workdir=x", "--config.trian.steps=3"), "trian"),
+        ((SMOKE, "--workdir=x", "--config.train.steps=many"), "many"),
+        ((SMOKE,), "workdir"),
+        ((SMOKE, "--workdir=x", "--workdirr=y"), "workdirr"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(home, tmp_path, arguments, message):
+    arguments = tuple(argument.replace("--workdir=x", f"--workdir={tmp_path}/x") for argument in arguments)
+    code, text = _run(home, *arguments)
+    assert code == errors.EXIT_USER_ERROR, text
+    assert message in text
+    assert "Traceback" not in text
+    assert len(text.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_debug_shows_the_traceback(home, tmp_path):
+    code, text = _run(home, "--config=configs/quickstart.py:smok", f"--workdir={tmp_path}/x", "--debug")
+    assert code != 0
+    assert "Traceback" in text
+
+
+def test_slurm_dry_run_prints_the_job_and_submits_nothing():
+    script = REPOSITORY / "launch" / "slurm.sh"
+    done = subprocess.run(
+        [script, "--dry_run", "--config=a", "--workdir=b c"], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert "srun python -m robust_vit.main --config=a --workdir=b\\ c" in done.stdout
+    assert "--requeue" in done.stdout
+    done = subprocess.run([script, "--dry_run"], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
