@@ -70,18 +70,18 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's flag parsing, in which a mistake in the configuration, by file or by flag, is a `UserError`."""
+    if "--help" in argv or "--helpfull" in argv:
+        return app.parse_flags_with_usage(list(argv))
     try:
-        return (
-            app.parse_flags_with_usage(list(argv))
-            if "--help" in argv or "--helpfull" in argv
-            else flags.FLAGS(list(argv))
-        )
-    except errors.UserError:
-        raise
+        left = flags.FLAGS(list(argv))
+        # A file that could not be loaded says so at the first access only.
+        _ = getattr(flags.FLAGS["config"].value, "seed", None) if "config" in flags.FLAGS else None
+        return left
     except flags.Error as error:
         raise errors.UserError(f"{_first_line(error)} (--help lists the flags).") from error
-    except FileNotFoundError as error:
-        raise errors.UserError(f"no configuration file {error.filename}: see the folder configs/.") from error
+    except OSError as error:
+        given = next((argument.partition("=")[2] for argument in argv if argument.startswith("--config=")), "")
+        raise errors.UserError(f"the configuration file {given} could not be read: see the folder configs/.") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise errors.UserError(f"in the configuration: {_first_line(error)}") from error
 

@@ -26,13 +26,13 @@ SIZES = (32, 64)
 NUM_CLASSES = len(shapes.NAMES)
 
 # Geometry, in units of half the image width.
-SCALE = (0.6, 0.85)
+SCALE = (0.7, 0.95)
 ASPECT = 1.15  # Largest ratio of the axes.
 TILT = 10.0  # Largest rotation, degrees: shapes stay upright.
 WARP = 0.06  # Largest displacement of the contour by a wave of one cycle per image.
 # Luminance and colour, in [0, 1].
 LUMINANCE = (0.42, 0.58)  # Mean of the background.
-STEP = (0.12, 0.2)  # The object's mean is lighter or darker by this.
+STEP = (0.08, 0.16)  # The object's mean is lighter or darker by this.
 # Standard deviation of texture and background; less than 1 % of all values are clipped to [0, 1].
 TEXTURE_CONTRAST = 0.15
 BACKGROUND_CONTRAST = 0.07

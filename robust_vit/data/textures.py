@@ -23,13 +23,13 @@ _BANDS = (
 NAMES = (*(name for name, _, _ in _BANDS), "cloud")
 BACKGROUNDS = tuple(f"background_{index}" for index in range(10))
 
-BAND_WIDTH = 1.5  # Standard deviation of the radial Gaussian, cycles per image.
-BAND_ANGLE = 15.0  # Standard deviation of the orientation, degrees.
+BAND_WIDTH = 1.0  # Standard deviation of the radial Gaussian, cycles per image.
+BAND_ANGLE = 10.0  # Standard deviation of the orientation, degrees.
 CLOUD_SLOPE = 2.0  # Power falls as frequency to the minus this.
 BACKGROUND_SLOPE = 2.0
 BACKGROUND_STRETCH = 1.6  # Contours of a background's spectrum are ellipses with this squared as the ratio of the axes.
 # Share of a texture's variance that is its own spectrum; the rest is white. Set by the cue-strength test.
-TEXTURE_SHARE = 0.5
+TEXTURE_SHARE = 0.78
 
 
 def spectrum(label: int, *, size: int) -> Float[np.ndarray, "size half"]:

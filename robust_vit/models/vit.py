@@ -26,19 +26,10 @@ _EPSILON = 1e-6
 _position_init = nn.initializers.normal(stddev=0.02)
 
 
-def _projections_init(count: int) -> Any:
-    """Glorot uniform for each of `count` square projections that share one kernel."""
-    single = nn.initializers.xavier_uniform()
-
-    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        part = (shape[0], shape[1] // count)
-        return jnp.concatenate([single(each, part, dtype) for each in jax.random.split(key, count)], axis=1)
-
-    return initialize
-
-
-_qkv_init = _projections_init(3)
-_key_value_init = _projections_init(2)
+def _square_projections_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Glorot uniform for each of several square projections side by side in one kernel: the limit is that of a square one."""
+    limit = (3.0 / shape[0]) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def _dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -76,8 +67,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Applied to each token alone."""
-        kernel_init, bias_init = nn.initializers.xavier_uniform(), nn.initializers.normal(stddev=1e-6)
-        dense = {"kernel_init": kernel_init, "bias_init": bias_init, "dtype": self.dtype}
+        dense = {"kernel_init": nn.initializers.xavier_uniform(), "dtype": self.dtype}
         hidden = nn.Dense(self.hidden, name="expand", **dense)(x)
         return nn.Dense(x.shape[-1], name="contract", **dense)(nn.gelu(hidden, approximate=self.approximate))
 
@@ -121,7 +111,11 @@ class Block(nn.Module):
     def _attention(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         width = x.shape[-1]
         qkv = nn.Dense(
-            3 * width, use_bias=self.qkv_bias, kernel_init=_qkv_init, dtype=self.dtype, name="query_key_value"
+            3 * width,
+            use_bias=self.qkv_bias,
+            kernel_init=_square_projections_init,
+            dtype=self.dtype,
+            name="query_key_value",
         )(x)
         bias = self._relative_bias() if self.relative else None
         allowed = None
@@ -166,7 +160,7 @@ class AttentionPooling(nn.Module):
         dense = {"kernel_init": nn.initializers.xavier_uniform(), "dtype": self.dtype}
         query = nn.Dense(width, use_bias=self.qkv_bias, name="query", **dense)(probe)
         key_value = nn.Dense(
-            2 * width, use_bias=self.qkv_bias, kernel_init=_key_value_init, dtype=self.dtype, name="key_value"
+            2 * width, use_bias=self.qkv_bias, kernel_init=_square_projections_init, dtype=self.dtype, name="key_value"
         )(x)
         query = jnp.broadcast_to(
             _split_heads(query, 1, self.heads)[0], (x.shape[0], self.heads, 1, width // self.heads)
@@ -285,7 +279,7 @@ class ViT(nn.Module):
         grid = (height // self.patch, width // self.patch)
         patches = images.reshape(batch, grid[0], self.patch, grid[1], self.patch, channels).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(batch, grid[0] * grid[1], self.patch * self.patch * channels)
-        embedding_init = nn.initializers.lecun_normal()
+        embedding_init = nn.initializers.lecun_uniform()
         x = nn.Dense(self.width, kernel_init=embedding_init, dtype=self.dtype, name="embedding")(patches)
         if self.head == "class":
             token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width)).astype(x.dtype)

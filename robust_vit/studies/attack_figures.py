@@ -121,8 +121,9 @@ def examples(findings: Mapping[str, study.Finding], attack: str) -> matplotlib_f
                 plots.images(bottom[column], np.clip(0.5 + 0.5 * change, 0.0, 1.0))
                 predicted = int(records["exhibit/prediction"][column])
                 right = predicted == int(records["label"][column])
+                same = not right and np.array_equal(adversarial, records["exhibit/image"][column])
                 top[column].set_title(
-                    ("✓ " if right else "✗ ") + _short(names[predicted]),
+                    ("✓ " if right else "✗ ") + _short(names[predicted]) + (" (as it is)" if same else ""),
                     **_caption(plots.INK if right else plots.color(index), bold=not right),
                 )
             _side(top[0], run, plots.color(index))

@@ -266,7 +266,7 @@ def _ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             points = np.arcsinh(values / width)
             color = plots.color(index)
             if np.ptp(points) > 1e-6:
-                density = scipy.stats.gaussian_kde(points, bw_method=0.25)(grid)
+                density = _density(points, grid)
                 axis.fill_between(np.sinh(grid) * width, density, color=color, alpha=0.25, linewidth=0)
                 axis.plot(np.sinh(grid) * width, density, color=color)
                 axis.set_ylim(-0.22 * density.max(), 1.12 * density.max())
@@ -293,6 +293,15 @@ def _ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             )
         axes[-1, 0].set_xlabel(f"Hessian eigenvalue of a mini-batch (top {_top(findings)} by magnitude)")
     return figure
+
+
+def _density(points: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Kernel density reflected at zero, so that smoothing moves no mass across the sign."""
+    width = 0.25 * max(points.std(), 1e-3)
+    kernels = scipy.stats.norm.pdf((grid[:, None] - points) / width) + scipy.stats.norm.pdf(
+        (grid[:, None] + points) / width
+    )
+    return np.where((grid[:, None] >= 0) == (points >= 0), kernels, 0.0).mean(axis=1) / width
 
 
 def _top(findings: Mapping[str, study.Finding]) -> int:

@@ -13,7 +13,7 @@ import scipy.special
 from robust_vit import models
 
 SHAPE = (2, 8, 8, 1)
-SMALL = {"width": 16, "depth": 2, "heads": 2, "patch": 2}
+SMALL = {"width": 16, "depth": 1, "heads": 2, "patch": 2}
 
 
 def _build(**given):
@@ -55,16 +55,16 @@ def test_without_branches_the_logits_are_a_closed_form(random_variables):
     module = _build()
     variables = random_variables(module, SHAPE)
     params = variables["params"]
-    logits, features = _run(module, variables, _images(), gates=jnp.zeros((1, 4)))
+    logits, features = _run(module, variables, _images(), gates=jnp.zeros((1, 2)))
     # The class token has seen nothing: its logits are a function of the parameters alone.
     token = _layer_norm(params["class_token"][0, 0] + params["position"][0], params["norm"])
     expected = token @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
     np.testing.assert_allclose(logits, np.broadcast_to(expected, (2, 3)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(features["block01/out"], features["stem"])
+    np.testing.assert_array_equal(features["block00/out"], features["stem"])
 
 
 def test_a_block_is_its_formula(random_variables):
-    module = _build(depth=1, layer_scale=0.1)
+    module = _build(layer_scale=0.1)
     variables = random_variables(module, SHAPE)
     block = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["block00"])
     _, features = _run(module, variables, _images())
@@ -90,7 +90,7 @@ def test_a_block_is_its_formula(random_variables):
 
 
 def test_scan_and_loop_give_the_same_numbers(random_variables):
-    given = {"position": "relative", "layer_scale": 0.5, "dropout": 0.2, "stochastic_depth": 0.3, "neighbourhood": 3}
+    given = {"depth": 2, "position": "relative", "layer_scale": 0.5}
     loop = _build(**given)
     variables = random_variables(loop, SHAPE)
     stacked = models.stack_blocks(variables)
@@ -99,12 +99,11 @@ def test_scan_and_loop_give_the_same_numbers(random_variables):
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradient(module, variables):
-        def loss(params):
-            rngs = {"dropout": jax.random.key(7)}
-            logits, features = module.apply({"params": params}, _images(), train=True, gates=gates, rngs=rngs)
+        def loss(variables):
+            logits, features = module.apply(variables, _images(), gates=gates)
             return jnp.sum(jnp.sin(logits)), (logits, features)
 
-        return jax.grad(loss, has_aux=True)(variables["params"])
+        return jax.grad(loss, has_aux=True)(variables)
 
     ours, (logits, features) = gradient(loop, variables)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -115,11 +114,22 @@ def test_scan_and_loop_give_the_same_numbers(random_variables):
         close(logits, scanned_logits)
         assert features.keys() == scanned_features.keys()
         jax.tree.map(close, features, scanned_features)
-        jax.tree.map(close, {"params": ours}, models.unstack_blocks({"params": theirs}))
+        jax.tree.map(close, ours, models.unstack_blocks(theirs))
+
+
+def test_scan_and_loop_draw_the_same(random_variables):
+    given = {"depth": 2, "dropout": 0.2, "stochastic_depth": 0.3}
+    loop, scan = _build(**given), _build(**given, scan=True)
+    variables = random_variables(loop, SHAPE)
+    key = jax.random.key(7)
+    logits, _ = _run(loop, variables, _images(), True, key)
+    scanned, _ = _run(scan, models.stack_blocks(variables), _images(), True, key)
+    np.testing.assert_allclose(logits, scanned, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(logits - _run(loop, variables, _images())[0]).max() > 1e-2
 
 
 def test_remat_of_the_loop_changes_no_gradient(random_variables):
-    plain, remat = _build(depth=1), _build(depth=1, remat=True)
+    plain, remat = _build(), _build(remat=True)
     variables = random_variables(plain, SHAPE)
     gradients = [
         jax.jit(jax.grad(lambda v, m=module: jnp.sum(jnp.sin(m.apply(v, _images())[0]))))(variables)
@@ -130,8 +140,7 @@ def test_remat_of_the_loop_changes_no_gradient(random_variables):
 
 @pytest.mark.parametrize("head", ["gap", "map"])
 def test_without_positions_patches_are_a_set(head, random_variables):
-    given = {"head": head, "depth": 1}
-    module, ordered = _build(**given, position="none"), _build(**given, position="learned")
+    module, ordered = _build(head=head, position="none"), _build(head=head)
     images = _images()
     order = np.random.default_rng(1).permutation(16)
     patches = images.reshape(2, 4, 2, 4, 2, 1).transpose(0, 1, 3, 2, 4, 5).reshape(2, 16, 2, 2, 1)[:, order]
@@ -143,7 +152,7 @@ def test_without_positions_patches_are_a_set(head, random_variables):
 
 
 def test_attention_pooling_reads_every_token_by_its_weights(random_variables):
-    module = _build(head="map", depth=1)
+    module = _build(head="map")
     _, features = _run(module, random_variables(module, SHAPE), _images())
     weights = features["pool/attention_weights"]
     assert weights.shape == (2, 2, 1, 16)
@@ -158,7 +167,7 @@ def test_gap_reads_the_mean_of_the_tokens(random_variables):
 
 @pytest.mark.parametrize("position", ["sincos1d", "sincos2d", "relative", "none"])
 def test_only_learned_positions_are_parameters_of_the_stem(position, random_variables):
-    module = _build(position=position, depth=1)
+    module = _build(position=position)
     params = random_variables(module, SHAPE)["params"]
     assert "position" not in params
     assert ("relative_position" in params["block00"]) == (position == "relative")
@@ -166,9 +175,9 @@ def test_only_learned_positions_are_parameters_of_the_stem(position, random_vari
 
 @pytest.mark.parametrize("position", ["learned", "sincos1d", "sincos2d"])
 def test_positions_are_added_to_the_stem(position, random_variables):
-    module = _build(position=position, depth=1)
+    module = _build(position=position)
     variables = random_variables(module, SHAPE)
-    without = _build(position="none", depth=1)
+    without = _build(position="none")
     params = {name: value for name, value in variables["params"].items() if name != "position"}
     difference = _run(module, variables, _images())[1]["stem"] - _run(without, {"params": params}, _images())[1]["stem"]
     np.testing.assert_allclose(difference[0], difference[1], atol=1e-5)
@@ -178,7 +187,7 @@ def test_positions_are_added_to_the_stem(position, random_variables):
 
 
 def test_relative_positions_move_the_attention_by_offset(random_variables):
-    module = _build(position="relative", depth=1, head="gap")
+    module = _build(position="relative", head="gap")
     variables = random_variables(module, SHAPE)
     block = variables["params"]["block00"]
     # Without queries only the bias is left, so two pairs of one offset have one ratio of weights.
@@ -192,7 +201,7 @@ def test_relative_positions_move_the_attention_by_offset(random_variables):
 
 @pytest.mark.parametrize(("window", "reach"), [(1, 0), (3, 1)])
 def test_a_neighbourhood_bounds_what_a_patch_sees(window, reach, random_variables):
-    module = _build(neighbourhood=window, depth=1, head="gap")
+    module = _build(neighbourhood=window, head="gap")
     variables = random_variables(module, SHAPE)
 
     def centre(images):
@@ -231,7 +240,7 @@ def test_stochastic_depth_drops_branches_of_single_examples(random_variables):
 
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean(random_variables):
-    module = _build(dropout=0.25, depth=1)
+    module = _build(dropout=0.25)
     variables = random_variables(module, SHAPE)
     images = jnp.repeat(_images(shape=(1, 8, 8, 1)), 256, axis=0)
     _, features = _run(module, variables, images, True, jax.random.key(0))
@@ -261,10 +270,10 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(random_variables):
 
 
 def test_without_qkv_bias_and_with_tanh_gelu(random_variables):
-    module = _build(qkv_bias=False, approximate_gelu=True, depth=1)
+    module = _build(qkv_bias=False, approximate_gelu=True)
     variables = random_variables(module, SHAPE)
     assert set(variables["params"]["block00"]["query_key_value"]) == {"kernel"}
-    exact = _build(qkv_bias=False, depth=1)
+    exact = _build(qkv_bias=False)
     difference = jnp.abs(_run(module, variables, _images())[0] - _run(exact, variables, _images())[0]).max()
     assert 0.0 < difference < 1e-2
 
