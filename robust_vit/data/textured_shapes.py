@@ -195,8 +195,8 @@ def _generate(recipe: rendering.Recipe, folder: pathlib.Path, *, staging: pathli
     begin = time.perf_counter()
     try:
         builder = TexturedShapes(recipe=recipe, data_dir=str(staging))
-        tfds.disable_progress_bar()
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            builder.download_and_prepare()  # It prints that it downloads, and progress bars.
         made = pathlib.Path(builder.data_path)
         for path in made.iterdir():
             with open(path, "rb") as file:

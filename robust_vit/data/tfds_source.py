@@ -161,12 +161,13 @@ def _find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
             f"{versions[-1]} has no features.json: its preparation was interrupted or is not TFDS's; remove it and "
             "prepare the data set again."
         )
-    if base.is_dir() and (
-        configs := sorted(child.name for child in base.iterdir() if any(child.glob("*/features.json")))
-    ):
+    configs = sorted({path.parent.parent.name for path in base.glob("*/*/features.json")})
+    if configs:
         raise errors.UserError(
-            f"{name} has several configs at {root}: choose one of {', '.join(f'{path}/{c}' for c in configs)}."
+            f"{name} has several configs at {root}: choose one of {', '.join(f'{path}/{config}' for config in configs)}."
         )
+    if any(base.glob("*incomplete*")):
+        raise errors.UserError(f"{base} was left unfinished: remove it and prepare the data set again.")
     present = sorted(child.name for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
     known = _published_names()
     if path.split("/")[0] not in known:
