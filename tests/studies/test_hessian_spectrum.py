@@ -12,6 +12,7 @@ import pytest
 from conftest import linear, make_subject
 
 from robust_vit import classifier, errors, losses, studies
+from robust_vit.studies import hessian_spectrum
 
 TRACES = []
 
@@ -82,6 +83,15 @@ def test_negative_share_and_mean_positive_of_known_eigenvalues(subject):
     assert any("did not reach" in caveat for caveat in summary["caveats"])
     assert any("no sign" in caveat for caveat in summary["caveats"])
     assert study.figures({"run": studies.Finding(study.settings(), records, summary)})
+
+
+def test_smoothing_moves_no_mass_across_the_sign():
+    grid = np.linspace(-30, 30, 6001)
+    points = np.array([-2.0, 0.1, 0.2, 5.0])
+    density = hessian_spectrum._density(points, grid)
+    step = grid[1] - grid[0]
+    np.testing.assert_allclose(density.sum() * step, 1.0, atol=0.01)
+    np.testing.assert_allclose(density[grid < 0].sum() * step, 0.25, atol=0.01)
 
 
 def test_runs_that_saw_other_images_are_not_compared(subject):
