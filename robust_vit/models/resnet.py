@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from robust_vit import errors
-from robust_vit.models import batch_norm, gating
+from robust_vit.models import batch_norm, gating, initializers
 
 # depth: (blocks of each stage, bottleneck), He et al. 2016, table 1.
 IMAGENET_DEPTHS = {
@@ -20,8 +20,6 @@ IMAGENET_DEPTHS = {
 }
 STEMS = ("imagenet", "cifar")
 _EXPANSION = 4
-# The variance of He et al. 2015 (arXiv 1502.01852), but uniform: XLA compiles a normal draw five times as long, a draw a layer.
-_convolution_init = nn.initializers.variance_scaling(2.0, "fan_out", "uniform")
 
 
 class Convolution(nn.Module):
@@ -42,7 +40,7 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> jax.Array:
         """`[batch, height / stride, width / stride, channels]`, rounded up."""
-        kernel = self.param("kernel", _convolution_init, (self.size, self.size, x.shape[-1], self.channels))
+        kernel = self.param("kernel", initializers.he, (self.size, self.size, x.shape[-1], self.channels))
         padding = self.size // 2
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
@@ -187,7 +185,7 @@ class ResNet(nn.Module):
                 position += 1
         x = jnp.mean(x, axis=(1, 2))
         features["pre_logits"] = x
-        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.lecun_uniform(), dtype=self.dtype, name="head")
+        head = nn.Dense(self.num_classes, kernel_init=initializers.lecun, dtype=self.dtype, name="head")
         return head(x).astype(jnp.float32), features
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from robust_vit import errors
-from robust_vit.models import attention, gating, positions
+from robust_vit.models import attention, gating, initializers, positions
 
 # width, depth, MLP width, heads: Touvron et al. 2021 (DeiT, arXiv 2012.12877), table 1, for Ti and S; Dosovitskiy et al. 2021,
 # table 1, for B, L and H.
@@ -23,19 +21,12 @@ SIZES = {
 }
 HEADS = ("class", "gap", "map")
 _EPSILON = 1e-6
-_position_init = nn.initializers.normal(stddev=0.02)
-
-
-def _square_projections_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
-    """Glorot uniform for each of several square projections side by side in one kernel: the limit is that of a square one."""
-    limit = (3.0 / shape[0]) ** 0.5
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def _dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.size,)).reshape(x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
@@ -67,7 +58,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Applied to each token alone."""
-        dense = {"kernel_init": nn.initializers.xavier_uniform(), "dtype": self.dtype}
+        dense = {"kernel_init": initializers.glorot, "dtype": self.dtype}
         hidden = nn.Dense(self.hidden, name="expand", **dense)(x)
         return nn.Dense(x.shape[-1], name="contract", **dense)(nn.gelu(hidden, approximate=self.approximate))
 
@@ -113,7 +104,7 @@ class Block(nn.Module):
         qkv = nn.Dense(
             3 * width,
             use_bias=self.qkv_bias,
-            kernel_init=_square_projections_init,
+            kernel_init=initializers.square_projections,
             dtype=self.dtype,
             name="query_key_value",
         )(x)
@@ -124,12 +115,12 @@ class Block(nn.Module):
                 attention.neighbourhood(self.grid, window=self.neighbourhood, class_token=self.class_token)
             )
         mixed, weights = attention.attend(*_split_heads(qkv, 3, self.heads), bias=bias, allowed=allowed)
-        project = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name="project")
+        project = nn.Dense(width, kernel_init=initializers.glorot, dtype=self.dtype, name="project")
         return project(_merge_heads(mixed)), weights
 
     def _relative_bias(self) -> jax.Array:
         index, length = positions.relative_offsets(self.grid, class_token=self.class_token)
-        table = self.param("relative_position", _position_init, (length, self.heads))
+        table = self.param("relative_position", initializers.position, (length, self.heads))
         return table[index].transpose(2, 0, 1)
 
     def _scaled(self, branch: jax.Array, name: str) -> jax.Array:
@@ -156,11 +147,15 @@ class AttentionPooling(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> tuple[Float[Array, "batch width"], jax.Array]:
         """The pooled token and the attention weights `[batch, heads, 1, tokens]`."""
         width = x.shape[-1]
-        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width)).astype(x.dtype)
-        dense = {"kernel_init": nn.initializers.xavier_uniform(), "dtype": self.dtype}
+        probe = self.param("probe", initializers.glorot, (1, 1, width)).astype(x.dtype)
+        dense = {"kernel_init": initializers.glorot, "dtype": self.dtype}
         query = nn.Dense(width, use_bias=self.qkv_bias, name="query", **dense)(probe)
         key_value = nn.Dense(
-            2 * width, use_bias=self.qkv_bias, kernel_init=_square_projections_init, dtype=self.dtype, name="key_value"
+            2 * width,
+            use_bias=self.qkv_bias,
+            kernel_init=initializers.square_projections,
+            dtype=self.dtype,
+            name="key_value",
         )(x)
         query = jnp.broadcast_to(
             _split_heads(query, 1, self.heads)[0], (x.shape[0], self.heads, 1, width // self.heads)
@@ -279,8 +274,7 @@ class ViT(nn.Module):
         grid = (height // self.patch, width // self.patch)
         patches = images.reshape(batch, grid[0], self.patch, grid[1], self.patch, channels).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(batch, grid[0] * grid[1], self.patch * self.patch * channels)
-        embedding_init = nn.initializers.lecun_uniform()
-        x = nn.Dense(self.width, kernel_init=embedding_init, dtype=self.dtype, name="embedding")(patches)
+        x = nn.Dense(self.width, kernel_init=initializers.lecun, dtype=self.dtype, name="embedding")(patches)
         if self.head == "class":
             token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, self.width)), x], axis=1)
@@ -296,7 +290,7 @@ class ViT(nn.Module):
                         f"the learned positions are for {found} tokens and the image gives {tokens}: use "
                         "models.resize_positions(variables, old_grid, new_grid)."
                     )
-            return self.param("position", _position_init, (tokens, self.width))
+            return self.param("position", initializers.position, (tokens, self.width))
         if self.position in ("relative", "none"):
             return None
         if self.position == "sincos1d":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from robust_vit import classifier, errors, models, trees
+from robust_vit.models import initializers
 
 TABLE = {
     "vit": {"width": 16, "depth": 2, "heads": 2, "patch": 4},
@@ -208,3 +209,21 @@ def test_parameter_counts(name, given, size, classes, expected):
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), images)
     assert trees.count(variables["params"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("initializer", "shape", "variance"),
+    [
+        (initializers.glorot, (3, 3, 16, 48), 2 / (9 * 64)),
+        (initializers.glorot, (64, 192), 2 / 256),
+        (initializers.square_projections, (64, 192), 1 / 64),
+        (initializers.lecun, (64, 192), 1 / 64),
+        (initializers.he, (3, 3, 16, 48), 2 / (9 * 48)),
+        (initializers.position, (64, 192), 0.02**2),
+    ],
+)
+def test_initial_values_have_the_stated_variance(initializer, shape, variance):
+    values = np.asarray(initializer(jax.random.key(0), shape))
+    assert values.shape == shape
+    assert abs(values.mean()) < 5 * np.sqrt(variance / values.size)
+    np.testing.assert_allclose(values.var(), variance, rtol=5 * np.sqrt(2 / values.size))
