@@ -153,7 +153,10 @@ def prepare(recipe: rendering.Recipe, *, data_dir: str | os.PathLike | None = No
     if is_whole(folder, recipe):
         return folder
     with files.disk_errors(folder):
-        home.mkdir(parents=True, exist_ok=True)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError) as error:
+            raise errors.UserError(f"{error.filename} is no folder: set data.data_dir to one.") from error
         with _locked(home / f".{recipe.name}.lock"):
             if not is_whole(folder, recipe):
                 _generate(recipe, folder, staging=home / f".{recipe.name}.partial")

@@ -106,6 +106,8 @@ def _unit_variance(power: np.ndarray) -> np.ndarray:
     power = power.copy()
     power[0, 0] = 0
     size = power.shape[0]
+    # In the Nyquist column +y and -y are one frequency: it has the mean of the two powers.
+    power[:, -1] = (power[:, -1] + power[-np.arange(size) % size, -1]) / 2
     weight = np.full(power.shape, 2.0)
     weight[:, 0] = weight[:, -1] = 1.0  # These columns are their own mirror image.
     return power * size**4 / (power * weight).sum()

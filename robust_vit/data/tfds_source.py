@@ -92,7 +92,7 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._decode(self._records[index], index, self._images)
+        return self._decode(self._read(np.asarray([index]))[0], index, self._images)
 
     def read_many(self, indices: np.ndarray) -> list[dict[str, Any] | decoding.BadImage]:
         """Examples at several positions with only "image" decoded; one read for all is three times faster than one each."""
@@ -105,7 +105,12 @@ class TfdsSource:
         return results
 
     def _read(self, indices: np.ndarray) -> list[dict[str, Any]]:
-        return self._records.__getitems__([int(index) for index in indices])
+        try:
+            return self._records.__getitems__([int(index) for index in indices])
+        except Exception as error:  # array_record raises several kinds for a file that is cut short or altered.
+            raise errors.UserError(
+                f"{self.folder} is damaged ({' '.join(str(error).split())[:200]}): copy or prepare the data set again."
+            ) from error
 
     def _decode(self, record: dict[str, Any], index: int, keys: Iterable[str]) -> dict[str, Any]:
         where = f"{self.name}, record {index}"
