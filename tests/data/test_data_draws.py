@@ -41,7 +41,8 @@ def test_each_of_seed_purpose_epoch_changes_every_draw(other):
 
 def test_uniforms_are_uniform():
     values = draws.uniforms(np.arange(40_000), seed=0, purpose="test", count=2)
-    assert values.min() >= 0 and values.max() < 1
+    assert values.min() >= 0
+    assert values.max() < 1
     # Standard error of the mean .0014, of the correlation .005; four of each.
     np.testing.assert_allclose(values.mean(0), 0.5, atol=0.006)
     np.testing.assert_allclose(values.var(0), 1 / 12, atol=0.003)

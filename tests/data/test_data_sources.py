@@ -59,7 +59,12 @@ def test_arrays_keep_pixels_labels_and_order():
         (IMAGES.astype(np.int64), LABELS, {}, "expected uint8"),
         (IMAGES, LABELS[:-1], {}, r"shape \(39,\)"),
         (IMAGES, LABELS.astype(float), {}, "float64"),
-        (IMAGES, LABELS, {"class_names": ("a", "b", "c")}, r"label 3 of arrays, example 3 is out of range: expected 0 \.\. 2"),
+        (
+            IMAGES,
+            LABELS,
+            {"class_names": ("a", "b", "c")},
+            r"label 3 of arrays, example 3 is out of range: expected 0 \.\. 2",
+        ),
         (IMAGES, LABELS - 1, {}, "label -1 of arrays, example 0 is out of range"),
     ],
 )
@@ -100,13 +105,15 @@ def test_wrong_splits(split):
 
 def test_a_folder_is_read_in_a_mixed_order_that_does_not_change(folder):
     source = data.from_folder(folder)
-    assert source.class_names == ("cat", "dog") and len(source) == 20
+    assert source.class_names == ("cat", "dog")
+    assert len(source) == 20
     assert 2 <= int(source.labels[:10].sum()) <= 8
     assert source.paths == data.from_folder(folder).paths
     for index in range(20):
         example = source[index]
         name, file = source.paths[index].split("/")
-        assert source.class_names[example["label"]] == name and example["row"] == index
+        assert source.class_names[example["label"]] == name
+        assert example["row"] == index
         assert example["image"].shape == (10, 12, 3)
         np.testing.assert_allclose(example["image"], 10 * int(file.split(".")[0]), atol=2)  # JPEG rounds.
 
@@ -114,7 +121,8 @@ def test_a_folder_is_read_in_a_mixed_order_that_does_not_change(folder):
 def test_a_plain_folder_splits_by_hash_and_a_split_folder_by_its_folders(folder, tmp_path):
     train, test = (data.open_source(f"folder={folder}", split=split) for split in ("train", "test"))
     assert not set(train.paths) & set(test.paths)
-    assert len(train) + len(test) == 20 and len(test) >= 1
+    assert len(train) + len(test) == 20
+    assert len(test) >= 1
     assert not set(train.rows) & set(test.rows)
     for split in ("train", "val"):
         shutil.copytree(folder, tmp_path / "splits" / split)
@@ -162,7 +170,12 @@ def test_a_truncated_file_is_named_or_skipped(folder, caplog):
 
 @pytest.mark.parametrize(
     ("mode", "kind", "value"),
-    [("L", "grey", [100, 100, 100]), ("LA", "transparent", None), ("RGBA", "transparent", None), ("1", "grey", [255] * 3)],
+    [
+        ("L", "grey", [100, 100, 100]),
+        ("LA", "transparent", None),
+        ("RGBA", "transparent", None),
+        ("1", "grey", [255] * 3),
+    ],
 )
 def test_grey_and_transparent_files_are_told_or_converted(folder, mode, kind, value):
     path = folder / "cat" / "odd.png"
@@ -283,20 +296,25 @@ def _load(**config) -> data.Bundle:
 def test_load_splits_validation_from_training_rows():
     bundle = _load(validation=0.3, batch=8)
     train, held_out = set(bundle.train.source.rows), set(bundle.validation.source.rows)
-    assert not train & held_out and train | held_out == set(range(40)) and 4 <= len(held_out) <= 20
+    assert not train & held_out
+    assert train | held_out == set(range(40))
+    assert 4 <= len(held_out) <= 20
     assert set(_load(validation=0.3, split_seed=1).validation.source.rows) != held_out
     assert _load(validation=0.0).validation is None
-    assert bundle.test.num_examples == 10 and bundle.num_classes == 4
+    assert bundle.test.num_examples == 10
+    assert bundle.num_classes == 4
     # A row's side is its own: more rows move none.
     np.testing.assert_array_equal(
-        data.split_rows(np.arange(1000), fraction=0.3, seed=0)[:40], data.split_rows(np.arange(40), fraction=0.3, seed=0)
+        data.split_rows(np.arange(1000), fraction=0.3, seed=0)[:40],
+        data.split_rows(np.arange(40), fraction=0.3, seed=0),
     )
     assert abs(data.split_rows(np.arange(10_000), fraction=0.3, seed=0).mean() - 0.3) < 0.02  # Standard error .005.
 
 
 def test_load_limits():
     whole, few = _load(validation=0.3), _load(validation=0.3, train_limit=5, test_limit=3)
-    assert len(few.train) == 5 and few.test.num_examples == 3
+    assert len(few.train) == 5
+    assert few.test.num_examples == 3
     assert set(few.train.source.rows) < set(whole.train.source.rows)
     np.testing.assert_array_equal(few.test.batch(0)["row"][:3], [0, 1, 2])
     assert few.fingerprint != whole.fingerprint == _load(validation=0.3).fingerprint

@@ -62,7 +62,9 @@ def test_the_contract_of_a_batch():
         "row": ("int32", (8,)),
         "mask": ("bool", (8,)),
     }
-    assert batch["mask"].all() and batch["image"].min() >= 0 and batch["image"].max() <= 1
+    assert batch["mask"].all()
+    assert batch["image"].min() >= 0
+    assert batch["image"].max() <= 1
 
 
 def test_pixels_are_the_sources_divided_by_255():
@@ -96,7 +98,9 @@ def test_a_batch_straddles_two_epochs():
 @pytest.mark.parametrize("augment", [AUGMENT, ("random_resized_crop(10, 0.3, 1.0)", "flip()")])
 @pytest.mark.parametrize("batch", [6, 64])
 def test_memory_and_disk_give_the_same_bytes_by_step_and_by_iteration(augment, batch):
-    made = [data.TrainingStream(_source(), batch=batch, seed=5, augment=augment, cache=c, workers=3) for c in (True, False)]
+    made = [
+        data.TrainingStream(_source(), batch=batch, seed=5, augment=augment, cache=c, workers=3) for c in (True, False)
+    ]
     for start in (0, 7):
         for step, (first, second) in enumerate(zip(*(stream.iterate(start) for stream in made), strict=True), start):
             _assert_equal(first, second)
@@ -156,10 +160,12 @@ def test_bad_images_are_skipped_and_counted(cache, caplog):
         batches = list(stream.iterate())
     mask = np.concatenate([batch["mask"] for batch in batches])[:200]
     assert list(np.flatnonzero(~mask)) == [3, 150]
-    assert caplog.text.count("skipped image") == 2 and "file150.png" in caplog.text
+    assert caplog.text.count("skipped image") == 2
+    assert "file150.png" in caplog.text
     train = data.TrainingStream(source, batch=50, cache=cache)
     rows = np.concatenate([train.batch(step)["row"] for step in range(4)]) - 1000
-    assert set(rows) == set(range(200)) - {3, 150} and list(np.bincount(rows)[[4, 151]]) == [2, 2]
+    assert set(rows) == set(range(200)) - {3, 150}
+    assert list(np.bincount(rows)[[4, 151]]) == [2, 2]
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -180,7 +186,9 @@ def test_a_bad_image_is_named(cache):
 def test_sizes_that_differ_are_told():
     images = [np.zeros((8, 8 + i % 2, 3), np.uint8) for i in range(8)]
     source = _Encoded(8)
-    source.__class__ = type("_Uneven", (_Encoded,), {"__getitem__": lambda s, i: {"image": images[i], "label": 0, "row": i}})
+    source.__class__ = type(
+        "_Uneven", (_Encoded,), {"__getitem__": lambda s, i: {"image": images[i], "label": 0, "row": i}}
+    )
     for cache in (True, False):
         with pytest.raises(errors.UserError, match=r"8 x 8 and 8 x 9.*set data\.preprocess"):
             data.TrainingStream(source, batch=8, cache=cache).batch(0)

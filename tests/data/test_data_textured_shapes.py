@@ -10,7 +10,10 @@ import textwrap
 import threading
 import time
 
+import flax.linen as nn
+import jax
 import numpy as np
+import optax
 import pytest
 import sklearn.decomposition
 import sklearn.pipeline
@@ -40,7 +43,8 @@ def _best_overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 def test_upright_shapes_have_no_rotational_symmetry_and_the_controls_do():
     planes = dict(zip(shapes.NAMES, shapes.silhouettes(), strict=True))
-    assert len(shapes.UPRIGHT) >= 8 and len(shapes.SYMMETRIC) == 2
+    assert len(shapes.UPRIGHT) >= 8
+    assert len(shapes.SYMMETRIC) == 2
     for name in shapes.UPRIGHT:
         for turns in (1, 2, 3):
             assert _best_overlap(planes[name], np.rot90(planes[name], turns)) < 0.85, (name, turns)
@@ -71,7 +75,9 @@ def test_shapes_have_equal_area_and_a_centred_mass():
 def test_distances_of_the_disc_are_exact():
     x = np.linspace(-1.5, 1.5, 41)[None, None]
     found = shapes.sample(np.asarray([shapes.NAMES.index("disc")]), x, np.zeros_like(x))
-    np.testing.assert_allclose(found[0, 0], np.abs(x[0, 0]) - np.sqrt(shapes.AREA / np.pi), atol=0.012)  # One template pixel.
+    np.testing.assert_allclose(
+        found[0, 0], np.abs(x[0, 0]) - np.sqrt(shapes.AREA / np.pi), atol=0.012
+    )  # One template pixel.
 
 
 # Spectra
@@ -124,7 +130,8 @@ def test_few_values_are_clipped():
 def test_every_config(variant, size):
     found = rendering.render(_recipe(variant, size=size), "train", ROWS[:60])
     clean, shape, texture = found["clean_label"], found["shape_label"], found["texture_label"]
-    assert found["image"].shape == (60, size, size, 3) and found["image"].dtype == np.uint8
+    assert found["image"].shape == (60, size, size, 3)
+    assert found["image"].dtype == np.uint8
     np.testing.assert_array_equal(np.bincount(clean), 6)
     relations = {
         "aligned": (shape == clean) & (texture == clean),
@@ -150,7 +157,8 @@ def test_every_config(variant, size):
 
 def test_configs_of_one_seed_show_the_same_scene():
     aligned, random, background, grey, silhouette = (
-        rendering.render(_recipe(v), "test", ROWS[:50]) for v in ("aligned", "random", "background", "grey", "silhouette")
+        rendering.render(_recipe(v), "test", ROWS[:50])
+        for v in ("aligned", "random", "background", "grey", "silhouette")
     )
     for other in (random, background, grey, silhouette):
         np.testing.assert_array_equal(aligned["object_mask"], other["object_mask"])
@@ -186,11 +194,13 @@ def test_rates_of_background_and_label_noise():
 # Strength of the cues
 
 
-def _accuracy(features: np.ndarray, labels: np.ndarray, *, train: int) -> float:
-    """Test accuracy of one classifier, the same for both cues: 60 principal components, then an RBF support vector machine."""
-    probe = sklearn.pipeline.make_pipeline(sklearn.decomposition.PCA(60, random_state=0), sklearn.svm.SVC(C=10))
-    probe.fit(features[:train], labels[:train])
-    return 100 * probe.score(features[train:], labels[train:])
+def _accuracy(features: np.ndarray, labels: np.ndarray) -> float:
+    """Accuracy of one classifier on the second half, the same for both cues: 40 principal components, an RBF machine."""
+    components = sklearn.decomposition.PCA(40, svd_solver="covariance_eigh")
+    probe = sklearn.pipeline.make_pipeline(components, sklearn.svm.SVC(C=10))
+    half = len(labels) // 2
+    probe.fit(features[:half], labels[:half])
+    return 100 * probe.score(features[half:], labels[half:])
 
 
 def _shape_features(found: dict) -> np.ndarray:
@@ -212,19 +222,63 @@ def _texture_features(found: dict) -> np.ndarray:
 
 @pytest.mark.parametrize("size", rendering.SIZES)
 def test_a_shape_probe_and_a_texture_probe_agree(size):
-    """Where both cues vary alone (config `random`). Measured with 1,500 to train on and 1,000 to test: 99.3 and 100.0 %
-    at 32 px, 99.7 and 100.0 at 64 px."""
-    found = rendering.render(_recipe("random", size=size), "train", np.arange(2500))
-    shape = _accuracy(_shape_features(found), found["shape_label"], train=1500)
-    texture = _accuracy(_texture_features(found), found["texture_label"], train=1500)
+    """Where both cues vary alone (config `random`), from the mask or from the spectrum inside it, 1,000 images to train on.
+    Measured: shape 99.7 and texture 100.0 % at 32 px, 99.8 and 99.9 at 64 px.
+    """
+    found = rendering.render(_recipe("random", size=size), "train", np.arange(2000))
+    shape = _accuracy(_shape_features(found), found["shape_label"])
+    texture = _accuracy(_texture_features(found), found["texture_label"])
     assert min(shape, texture) > 95
     assert abs(shape - texture) < 2, (shape, texture)
 
 
 def test_neither_cue_tells_of_the_other():
-    found = rendering.render(_recipe("random"), "train", np.arange(2500))
-    assert _accuracy(_shape_features(found), found["texture_label"], train=1500) < 15
-    assert _accuracy(_shape_features(found), found["background_label"], train=1500) < 15
+    found = rendering.render(_recipe("random"), "train", np.arange(2000))
+    assert _accuracy(_shape_features(found), found["texture_label"]) < 15
+    assert _accuracy(_shape_features(found), found["background_label"]) < 15
+
+
+class _Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for width in (16, 32, 64):
+            for strides in (1, 2):
+                x = nn.relu(nn.GroupNorm(num_groups=8)(nn.Conv(width, (3, 3), strides=strides)(x)))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def _network_accuracy(train: dict, test: dict, key: str) -> float:
+    """Test accuracy from raw pixels after ten epochs of AdamW."""
+    images, held_out = (found["image"].astype(np.float32) / 127.5 - 1 for found in (train, test))
+    network, epochs, size = _Network(), 10, 64
+    steps = len(images) // size
+    params = network.init(jax.random.key(0), images[:1])
+    optimiser = optax.adamw(optax.cosine_decay_schedule(3e-3, epochs * steps))
+    state = optimiser.init(params)
+
+    @jax.jit
+    def step(params, state, images, labels):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(network.apply(params, images), labels).mean()
+
+        updates, state = optimiser.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for epoch in range(epochs):
+        order = draws.permutation(np.arange(len(images)), seed=0, epoch=epoch)
+        for i in range(steps):
+            some = order[size * i : size * (i + 1)]
+            params, state = step(params, state, images[some], train[key][some])
+    return 100 * float((np.asarray(network.apply(params, held_out)).argmax(-1) == test[key]).mean())
+
+
+@pytest.mark.slow
+def test_a_convolutional_network_learns_both_cues_equally():
+    """From raw pixels of `random`, 3,000 images at 32 px. Measured: shape 96.0, texture 95.9 %."""
+    train, test = (rendering.render(_recipe("random"), s, np.arange(n)) for s, n in (("train", 3000), ("test", 1000)))
+    shape, texture = (_network_accuracy(train, test, key) for key in ("shape_label", "texture_label"))
+    assert min(shape, texture) > 90
+    assert abs(shape - texture) < 2, (shape, texture)
 
 
 # Names
@@ -281,7 +335,8 @@ def test_stored_examples_are_the_rendered_ones(tmp_path):
         for key in ("label", "clean_label", "shape_label", "texture_label", "background_label"):
             assert example[key] == expected[key][index]
         assert example["row"] == index
-    assert source.class_names == shapes.NAMES and source.shape == (64, 64, 3)
+    assert source.class_names == shapes.NAMES
+    assert source.shape == (64, 64, 3)
     np.testing.assert_array_equal(source.rows, np.arange(20))
     stream = data.EvaluationStream(source, batch=8, extras=("texture_label",))
     np.testing.assert_array_equal(stream.batch(1)["texture_label"], expected["texture_label"][8:16])
@@ -370,12 +425,15 @@ def test_a_damaged_folder(tmp_path, damage):
 def test_two_that_start_together_generate_once(tmp_path, monkeypatch):
     recipe, real, calls = _recipe("aligned", **SMALL), textured_shapes._generate, []
     monkeypatch.setattr(textured_shapes, "_generate", lambda *a, **o: (calls.append(1), time.sleep(0.2), real(*a, **o)))
-    threads = [threading.Thread(target=textured_shapes.prepare, args=(recipe,), kwargs={"data_dir": tmp_path}) for _ in "ab"]
+    threads = [
+        threading.Thread(target=textured_shapes.prepare, args=(recipe,), kwargs={"data_dir": tmp_path}) for _ in "ab"
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(calls) == 1 and textured_shapes.is_whole(textured_shapes.prepare(recipe, data_dir=tmp_path), recipe)
+    assert len(calls) == 1
+    assert textured_shapes.is_whole(textured_shapes.prepare(recipe, data_dir=tmp_path), recipe)
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -399,5 +457,7 @@ def test_ten_thousand_images_take_less_than_twenty_seconds(tmp_path):
     """Measured on two busy cores: 5 s at 32 px, 16 s at 64 px."""
     for size in rendering.SIZES:
         begin = time.perf_counter()
-        textured_shapes.prepare(_recipe("aligned", size=size, train_examples=9000, test_examples=1000), data_dir=tmp_path)
+        textured_shapes.prepare(
+            _recipe("aligned", size=size, train_examples=9000, test_examples=1000), data_dir=tmp_path
+        )
         assert time.perf_counter() - begin < 20

@@ -50,7 +50,8 @@ def test_pad_crop_takes_every_place_of_the_padded_image_equally():
         np.testing.assert_array_equal(out, padded[top : top + 20, left : left + 30])
         places[top, left] = places.get((top, left), 0) + 1
     assert len(places) == 25
-    assert min(places.values()) > 60 and max(places.values()) < 140  # 100 expected, standard deviation 10.
+    assert min(places.values()) > 60  # 100 expected, standard deviation 10.
+    assert max(places.values()) < 140
 
 
 def test_pad_crop_reflects():
@@ -73,9 +74,11 @@ def test_random_resized_crop_keeps_share_and_ratio():
         shares.append(height * width / 200**2)
         ratios.append(width / height)
     shares, ratios = np.asarray(shares), np.asarray(ratios)
-    assert shares.min() > 0.095 and shares.max() < 0.405  # Sides are rounded to pixels.
+    assert shares.min() > 0.095  # Sides are rounded to pixels.
+    assert shares.max() < 0.405
     np.testing.assert_allclose(shares.mean(), 0.25, atol=0.02)  # Standard error .004.
-    assert ratios.min() > 0.74 and ratios.max() < 1.35
+    assert ratios.min() > 0.74
+    assert ratios.max() < 1.35
     np.testing.assert_allclose(np.log(ratios).mean(), 0, atol=0.04)
 
 
