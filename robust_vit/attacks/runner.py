@@ -62,8 +62,12 @@ _JUDGED = ("success", "prediction", "loss", "distance", "forward_passes", "backw
 
 def example_keys(seed: int, rows: jax.Array) -> jax.Array:
     """One typed key an example from (seed, "attack", row): the same for a row in any batch, order or process."""
-    base = jax.random.fold_in(jax.random.key(seed), PURPOSE)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, jnp.asarray(rows, jnp.uint32))
+    return _example_keys(jax.random.key(seed), jnp.asarray(rows, jnp.uint32))
+
+
+@jax.jit
+def _example_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, PURPOSE), rows)
 
 
 def run(

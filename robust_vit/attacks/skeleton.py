@@ -161,7 +161,7 @@ class Attack(flax.struct.PyTreeNode):
           The result, after `evaluations` forward and backward passes and one forward pass of the whole batch.
         """
         _check(keys, images, labels)
-        state = self.init(keys, images, labels)
+        state = _init(self, keys, images, labels)
         state = loops.repeat(advance, state, self.evaluations, self, model)
         return finish(self, model, state)
 
@@ -197,7 +197,9 @@ class Attack(flax.struct.PyTreeNode):
         vanishes = jnp.all(gradients == 0.0, axis=(1, 2, 3))
         moved = self._move(state, gradients, phase)
         if self.random_start:
-            moved = jnp.where((phase == 0)[:, None, None, None], self._start(state, restart), moved)
+            starts = phase == 0
+            fresh = jax.lax.cond(jnp.any(starts), lambda: self._start(state, restart), lambda: moved)
+            moved = jnp.where(starts[:, None, None, None], fresh, moved)
 
         achieved = self._achieves(logits, state.labels)
         count = state.count + 1
@@ -265,6 +267,11 @@ def advance(state: State, index: jax.Array, attack: Attack, model: Model) -> Sta
     """`attack.step` in the form that `loops.repeat` takes."""
     del index
     return attack.step(model, state)
+
+
+@jax.jit
+def _init(attack: Attack, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
+    return attack.init(keys, images, labels)
 
 
 @jax.jit

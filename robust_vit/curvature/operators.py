@@ -56,10 +56,7 @@ class Hessian(flax.struct.PyTreeNode):
 
     def __call__(self, vector: PyTree) -> PyTree:
         """The Hessian times a vector: forward over reverse, 8/3 of the cost of a gradient (Pearlmutter 1994)."""
-        # The precision has to be set where the product is traced: f32 products are bf16 on a TPU and TF32 on a GPU otherwise.
-        with jax.default_matmul_precision("highest"):
-            product = _mean_product(self.loss, self.microbatch, self.batch, vector, self.params, self.context)
-        return jax.tree.map(lambda hv, v: (hv + self.shift.astype(hv.dtype) * v).astype(v.dtype), product, vector)
+        return _apply(self, vector)
 
 
 def hessian(
@@ -117,6 +114,16 @@ class _Product:
             return jax.grad(self.loss)(params, batch, *context)
 
         return jax.jvp(gradient, (params,), (vector,))[1]
+
+
+@jax.jit
+def _apply(operator: Hessian, vector: PyTree) -> PyTree:
+    # The precision has to be set where the product is traced: f32 products are bf16 on a TPU and TF32 on a GPU otherwise.
+    with jax.default_matmul_precision("highest"):
+        product = _mean_product(
+            operator.loss, operator.microbatch, operator.batch, vector, operator.params, operator.context
+        )
+    return jax.tree.map(lambda hv, v: (hv + operator.shift.astype(hv.dtype) * v).astype(v.dtype), product, vector)
 
 
 def _mean_product(loss, microbatch, batch, vector, params, context):

@@ -98,7 +98,7 @@ def test_uniform_probabilities_have_one_eigenvalue_of_known_multiplicity():
     np.testing.assert_allclose(values, [0.0] * 11 + [9 / 5] * 4, atol=1e-6)
 
 
-@pytest.mark.parametrize("microbatch", [1, 3, 4, 10, 11, 50])
+@pytest.mark.parametrize("microbatch", [1, 4, 10, 50])
 def test_microbatches_are_weighted_by_their_size(microbatch):
     """11 examples in pieces of any size: the same Hessian. Equal weights for a ragged rest would be off by 10 %."""
     params, batch = _network()
