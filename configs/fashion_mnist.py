@@ -18,11 +18,11 @@ def get_config(argument: str = ""):
     with config.unlocked():
         config.model = settings.model("vit", width=64, depth=6, heads=4, mlp_width=256, patch=7, head="gap")
         config.runs = {
-            "vit": {"train": {"epochs": 24.0}},
+            "vit": {"train": {"epochs": 16.0}, "optimizer": {"learning_rate": 2e-3}},
             "resnet": {
                 "model": settings.model("resnet", depth=8, width=8),
                 "optimizer": {"name": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4},
-                "train": {"epochs": 8.0},
+                "train": {"epochs": 4.0},
             },
         }
         config.studies = {
@@ -32,6 +32,7 @@ def get_config(argument: str = ""):
             "hessian_spectrum": settings.study("hessian_spectrum"),
         }
     config.data.augment = ("flip()",)
+    config.log_every = 200
     config.threat = "fashion_mnist/linf-0.1"
     if smoke:
         presets.shrink(config)
