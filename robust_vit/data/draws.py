@@ -12,6 +12,8 @@ import hashlib
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
+from robust_vit import errors
+
 _MULTIPLIERS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
 _WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
 _ROUNDS = 10
@@ -51,6 +53,8 @@ def words(rows: Int[np.ndarray, rows], *, seed: int, purpose: str, epochs: np.nd
       epochs: the epoch of each row, or one for all.
       count: words a row.
     """
+    if seed < 0:
+        raise errors.UserError(f"seed is {seed}: expected a non-negative integer.")
     rows = np.asarray(rows, np.uint64)
     blocks = -(-count // 4)
     counter = np.zeros((4, len(rows), blocks), np.uint64)

@@ -93,6 +93,10 @@ def load(
         )
     held_out = split_rows(train_source.rows, fraction=value["validation"], seed=value["split_seed"])
     kept = _limited(train_source.rows, np.flatnonzero(~held_out), value["train_limit"], value["split_seed"])
+    if not len(kept):
+        raise errors.UserError(
+            f"no training image is left of {len(train_source)} with data.validation={value['validation']}: lower it."
+        )
     common = {key: value[key] for key in ("preprocess", "cache", "workers", "extras")} | {"shard": shard}
     train = streams.TrainingStream(
         sources.Subset(train_source, kept, name=train_source.name),

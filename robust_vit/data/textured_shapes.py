@@ -108,7 +108,7 @@ def open_split(
     """Opens "textured_shapes/CONFIG"; generates it first where it is absent or was left unfinished.
 
     Args:
-      name: "textured_shapes/CONFIG", "textured_shapes/background(0.9)".
+      name: "textured_shapes/CONFIG", "textured_shapes/background(0.9)", "textured_shapes/random(size=64, seed=1)".
       split: "train" or "test".
       data_dir: None is `~/.cache/robust_vit/datasets` (below XDG_CACHE_HOME where that is set).
       on_bad_image: see `sources.open_source`.
@@ -123,19 +123,29 @@ def open_split(
 
 
 def parse(name: str, **options) -> rendering.Recipe:
-    """The recipe of "textured_shapes/CONFIG" or "textured_shapes/CONFIG(number)" with options."""
+    """The recipe of "textured_shapes/CONFIG", "textured_shapes/CONFIG(number)" or "...(number, size=64)"; see `open_split`."""
+    _, _, config = name.partition("/")
+    try:
+        call = ast.parse(config or "aligned", mode="eval").body
+        arguments, keywords = [], {}
+        if isinstance(call, ast.Call):
+            arguments = [ast.literal_eval(argument) for argument in call.args]
+            keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+            call = call.func
+        variant = call.id
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise errors.UserError(
+            f"data set {name!r} is not understood: write for example textured_shapes/background(0.9, size=64)."
+        ) from error
+    options = {**options, **keywords}
     for key in options:
         if key not in _RECIPE_KEYS:
             raise errors.unknown("option of textured_shapes", key, _RECIPE_KEYS)
-    _, _, config = name.partition("/")
-    variant, bracket, parameter = (config or "aligned").partition("(")
-    try:
-        value = ast.literal_eval(parameter.rstrip().removesuffix(")")) if bracket else None
-    except (SyntaxError, ValueError) as error:
+    if len(arguments) > 1:
         raise errors.UserError(
-            f"data set {name!r} is not understood: write for example textured_shapes/background(0.9)."
-        ) from error
-    return rendering.Recipe(variant=variant, parameter=value, **options)
+            f"data set {name!r} has {len(arguments)} numbers: give at most one, and the rest by name."
+        )
+    return rendering.Recipe(variant=variant, parameter=arguments[0] if arguments else None, **options)
 
 
 def prepare(recipe: rendering.Recipe, *, data_dir: str | os.PathLike | None = None) -> pathlib.Path:

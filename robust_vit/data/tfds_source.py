@@ -27,7 +27,10 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         self.folder = folder
-        builder = tfds.builder_from_directory(str(folder))
+        try:
+            builder = tfds.builder_from_directory(str(folder))
+        except Exception as error:  # Whatever TFDS says of files that it did not write.
+            raise _damaged(folder, error) from error
         info = builder.info
         splits = {name: value for name, value in info.splits.items() if name != "all"}
         if split not in splits:
@@ -108,9 +111,7 @@ class TfdsSource:
         try:
             return self._records.__getitems__([int(index) for index in indices])
         except Exception as error:  # array_record raises several kinds for a file that is cut short or altered.
-            raise errors.UserError(
-                f"{self.folder} is damaged ({' '.join(str(error).split())[:200]}): copy or prepare the data set again."
-            ) from error
+            raise _damaged(self.folder, error) from error
 
     def _decode(self, record: dict[str, Any], index: int, keys: Iterable[str]) -> dict[str, Any]:
         where = f"{self.name}, record {index}"
@@ -147,6 +148,11 @@ def open_split(
     if options:
         raise errors.UserError(f"data.options {sorted(options)} do not apply to {name}: remove them.")
     return TfdsSource(_find(name, data_dir), split, on_bad_image=on_bad_image, on_mode=on_mode)
+
+
+def _damaged(folder: pathlib.Path, error: Exception) -> errors.UserError:
+    said = " ".join(str(error).split())[:200]
+    return errors.UserError(f"{folder} is damaged ({said}): copy or prepare the data set again.")
 
 
 def _find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:

@@ -266,6 +266,9 @@ def test_missing_files_of_a_directory(prepared, tmp_path):
     next(folder.glob("*-train.array_record*")).unlink()
     with pytest.raises(errors.UserError, match=r"train.array_record.* is missing \(1 of 1 files\)"):
         data.open_source("toy_set", data_dir=tmp_path)
+    (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(errors.UserError, match="is damaged"):
+        data.open_source("toy_set", data_dir=tmp_path)
     (folder / "features.json").unlink()
     with pytest.raises(errors.UserError, match="preparation was interrupted"):
         data.open_source("toy_set", data_dir=tmp_path)
@@ -339,6 +342,8 @@ def test_load_takes_a_config_dict_and_makes_the_spec():
         ({"agument": ()}, "unknown data option 'agument': did you mean 'augment'"),
         ({"validation": 1.5}, "data.validation is 1.5"),
         ({"train_limit": 0}, "data.train_limit is 0"),
+        ({"validation": 0.9999}, "no training image is left of 40"),
+        ({"split_seed": -1}, "seed is -1"),
         ({"channels": 1}, "data.channels is 1 but .* has 3"),
         ({"augment": ("random_resized_crop(6)",)}, "end in the same size"),
         ({"augment": ("pad_crp(2)",)}, "did you mean 'pad_crop'"),

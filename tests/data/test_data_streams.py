@@ -218,7 +218,7 @@ def test_reading_threads_end_with_the_iterator(cache):
     assert threading.active_count() <= before
 
 
-@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(3)", "iterator.close()"])
+@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(3)"])
 def test_an_interpreter_with_a_running_prefetch_exits_at_once(ending):
     script = textwrap.dedent(f"""
         import numpy as np

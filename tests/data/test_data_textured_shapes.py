@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -291,6 +292,8 @@ def test_a_convolutional_network_learns_both_cues_equally():
         ("textured_shapes/conflict", "conflict_32px_10000_2000_seed0"),
         ("textured_shapes/background(0.95)", "background_rho0.95_32px_10000_2000_seed0"),
         ("textured_shapes/label_noise(0.2)", "label_noise_p0.2_32px_10000_2000_seed0"),
+        ("textured_shapes/background(1, size=64, seed=3)", "background_rho1_64px_10000_2000_seed3"),
+        ("textured_shapes/edges(train_examples=5, test_examples=4)", "edges_32px_5_4_seed0"),
     ],
 )
 def test_names(name, expected):
@@ -305,6 +308,9 @@ def test_names(name, expected):
         ("textured_shapes/label_noise(2)", {}, "p = 2"),
         ("textured_shapes/aligned(0.5)", {}, "takes no number"),
         ("textured_shapes/background(x", {}, "not understood"),
+        ("textured_shapes/background(x)", {}, "not understood"),
+        ("textured_shapes/background(0.1, 0.2)", {}, "2 numbers"),
+        ("textured_shapes/random(siez=64)", {}, "did you mean 'size'"),
         ("textured_shapes/aligned", {"size": 48}, "size of textured_shapes is 48"),
         ("textured_shapes/aligned", {"siez": 64}, "did you mean 'size'"),
         ("textured_shapes/aligned", {"train_examples": 0}, "positive integer"),
@@ -367,6 +373,23 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
     assert not [path for path in (tmp_path / "textured_shapes").iterdir() if path.suffix != ".lock"]
     monkeypatch.setattr(rendering, "render", real)
     assert textured_shapes.is_whole(textured_shapes.prepare(recipe, data_dir=tmp_path), recipe)
+
+
+def test_a_folder_appears_by_one_rename(tmp_path, monkeypatch):
+    recipe, seen, real = _recipe("aligned", **SMALL), [], os.rename
+    final = tmp_path / "textured_shapes" / recipe.name / "1.0.0"
+
+    def rename(made, folder):
+        if pathlib.Path(folder) != final:  # TFDS renames inside the hidden folder.
+            return real(made, folder)
+        seen.append((final.exists(), textured_shapes.is_whole(pathlib.Path(made), recipe)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        textured_shapes.prepare(recipe, data_dir=tmp_path)
+    assert seen == [(False, True)]
+    assert not final.exists()
 
 
 def _kill_and_recover(root: pathlib.Path, delays: list[float]) -> None:
