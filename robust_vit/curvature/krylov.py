@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from robust_vit import errors, loops, trees
-from robust_vit.curvature import operators
+from robust_vit.curvature import operators, probes
 
 PyTree = Any
 ORDERS = {
@@ -35,7 +35,9 @@ class Krylov(flax.struct.PyTreeNode):
       beta: couplings, `[rank]`: `beta[j]` between vectors j and j+1; zero where an invariant subspace was complete.
       scale: the largest `|A q|` met: a lower bound of |A|.
       size: steps done.
-      key: of the fresh directions after a breakdown.
+      broken: the basis spans an invariant subspace, so that no next vector follows from it: further steps do nothing until
+        `revive` gives a fresh direction.
+      key: of the fresh directions.
     """
 
     basis: PyTree
@@ -44,6 +46,7 @@ class Krylov(flax.struct.PyTreeNode):
     beta: Float[Array, " rank"]
     scale: Float[Array, ""]
     size: Int[Array, ""]
+    broken: Bool[Array, ""]
     key: Key[Array, ""]
 
 
@@ -80,8 +83,19 @@ def start(operator: operators.Operator, key: Key[Array, ""], *, rank: int) -> Kr
 
 
 def extend(operator: operators.Operator, krylov: Krylov, *, steps: int) -> Krylov:
-    """The decomposition after `steps` more steps: one application each. Pure: jits and vmaps."""
+    """The decomposition after `steps` more steps: one application each. Pure: jits and vmaps.
+
+    Steps beyond the rank, or after an invariant subspace is complete, leave it as it is.
+    """
     return loops.repeat(_step, krylov, steps, operator)
+
+
+@jax.jit
+def revive(krylov: Krylov) -> Krylov:
+    """The decomposition with a random direction to go on from, orthogonal to all so far; unchanged unless it is broken."""
+    following = _fresh(jax.random.fold_in(krylov.key, krylov.size), krylov.basis)
+    following = jax.tree.map(lambda new, old: jnp.where(krylov.broken, new, old), following, krylov.following)
+    return krylov.replace(following=following, broken=krylov.broken & (trees.norm(following) == 0))
 
 
 def lanczos(
@@ -102,8 +116,9 @@ def lanczos(
     complete invariant subspace is followed by a fresh direction, so neither rank deficiency nor multiplicity makes a NaN. The
     small tridiagonal problem is solved in float64 on the host.
 
-    Cost: up to `rank` applications, plus `top` with `verify`; memory of `rank + 3` vectors. One compilation for each
-    operator structure and rank, none for new batches, parameters or keys.
+    Cost: up to `rank` applications (rounded up to a multiple of `check_every`; after a breakdown, which a real network does
+    not see, the rest of the steps until the next look idle), plus `top` with `verify`; memory of `rank + 3` vectors. One
+    compilation for each operator structure and rank, none for new batches, parameters or keys.
 
     Args:
       operator: the map.
@@ -126,17 +141,21 @@ def lanczos(
     if top < 1 or rank < top:
         raise errors.UserError(f"rank is {rank} for {top} eigenvalues: expected at least as many steps as eigenvalues.")
     rank = min(rank, dimension)
+    chunk = min(check_every or rank, rank)
     krylov = start(operator, key, rank=rank)
-    size = 0
+    applications = size = 0
     while size < rank:
-        steps = min(check_every or rank, rank - size)
-        krylov = loops.repeat(_step, krylov, steps, operator, donate=True)
-        size += steps
+        krylov = loops.repeat(_step, krylov, chunk, operator, donate=True)
+        applications += chunk
+        size = int(krylov.size)
         found, coefficients = _solve(krylov, size, top, which, tolerance)
-        # Where an invariant subspace has just been completed, its residuals are zero and say nothing about the rest.
-        if check_every and size >= top and found.converged.all() and float(krylov.beta[size - 1]) > 0:
+        if size < rank and krylov.broken:
+            # The residuals are zero here, and say nothing about the eigenvectors outside of the subspace.
+            krylov = revive(krylov)
+            if krylov.broken:
+                break
+        elif check_every and size >= top and found.converged.all():
             break
-    applications = size
     if verify or vectors:
         eigenvectors = _ritz_vectors(krylov, size, coefficients)
         if verify:
@@ -185,39 +204,34 @@ def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Kry
     """One step. The vector goes in by its number in the decomposition, so that the run may be cut anywhere."""
     del index
     position = krylov.size
+    active = (position < krylov.alpha.shape[0]) & ~krylov.broken
     vector = krylov.following
-    basis = jax.tree.map(lambda rows, v: rows.at[position].set(v), krylov.basis, vector)
+    # At `position == rank` the writes below fall outside and are dropped; a broken decomposition writes zeros.
+    basis = jax.tree.map(lambda rows, v: rows.at[position].set(v, mode="drop"), krylov.basis, vector)
     image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
     image = jax.tree.map(lambda w, v: w.astype(v.dtype), image, vector)
-    length = trees.norm(image).astype(krylov.scale.dtype)
-    scale = jnp.maximum(krylov.scale, length)
-    first, image = _orthogonalise(basis, image)
-    second, image = _orthogonalise(basis, image)
-    alpha = first[position] + second[position]
+    scale = jnp.maximum(krylov.scale, trees.norm(image).astype(krylov.scale.dtype))
+    coefficients, image = _orthogonalise_twice(basis, image)
+    alpha = coefficients.at[position].get(mode="fill", fill_value=0)
     beta = trees.norm(image).astype(alpha.dtype)
-    # With `>` a NaN counts as no breakdown and is reported; the threshold is zero for the zero operator, hence the second test.
+    # With `<=` a NaN is no breakdown, so that it is reported; the threshold is zero for the zero operator, hence the second test.
     breaks = (beta <= BREAKDOWN * jnp.finfo(alpha.dtype).eps * scale) | (beta == 0)
-    following = jax.lax.cond(
-        breaks,
-        lambda: _fresh(jax.random.fold_in(krylov.key, position), basis),
-        lambda: trees.scale(1.0 / beta, image),
-    )
     return krylov.replace(
         basis=basis,
-        following=following,
-        alpha=krylov.alpha.at[position].set(alpha),
-        beta=krylov.beta.at[position].set(jnp.where(breaks, 0.0, beta)),
-        scale=scale,
-        size=position + 1,
+        following=trees.scale(jnp.where(breaks, 0.0, 1.0 / jnp.where(breaks, 1.0, beta)), image),
+        alpha=krylov.alpha.at[position].set(alpha, mode="drop"),
+        beta=krylov.beta.at[position].set(jnp.where(breaks, 0.0, beta), mode="drop"),
+        scale=jnp.where(active, scale, krylov.scale),
+        size=position + active,
+        broken=jnp.where(active, breaks, krylov.broken),
     )
 
 
 def _fresh(key: jax.Array, basis: PyTree) -> PyTree:
     """A random unit vector orthogonal to the basis; zero where the basis spans everything."""
-    draw = trees.normal_like(key, jax.tree.map(lambda rows: rows[0], basis))
+    draw = probes.draw(key, jax.tree.map(lambda rows: rows[0], basis))
     length = trees.norm(draw)
-    for _ in range(2):
-        _, draw = _orthogonalise(basis, draw)
+    _, draw = _orthogonalise_twice(basis, draw)
     rest = trees.norm(draw)
     vanishes = rest <= BREAKDOWN * jnp.finfo(length.dtype).eps * length
     draw = trees.scale(jnp.where(vanishes, 0.0, 1.0 / jnp.where(vanishes, 1.0, rest)), draw)
@@ -225,6 +239,19 @@ def _fresh(key: jax.Array, basis: PyTree) -> PyTree:
     _, draw = _orthogonalise(basis, draw)
     rest = trees.norm(draw)
     return trees.scale(jnp.where(rest > 0, 1.0 / jnp.where(rest > 0, rest, 1.0), 0.0), draw)
+
+
+def _orthogonalise_twice(basis: PyTree, vector: PyTree) -> tuple[jax.Array, PyTree]:
+    """Two passes: the second takes away what rounding left in the first. A loop, because the body compiles once."""
+
+    def body(_, carry):
+        total, vector = carry
+        coefficients, vector = _orthogonalise(basis, vector)
+        return total + coefficients, vector
+
+    rows = jax.tree.leaves(basis)[0].shape[0]
+    zeros = jnp.zeros(rows, jnp.result_type(*jax.tree.leaves(vector)))
+    return jax.lax.fori_loop(0, 2, body, (zeros, vector))
 
 
 def _orthogonalise(basis: PyTree, vector: PyTree) -> tuple[jax.Array, PyTree]:
@@ -261,7 +288,7 @@ def _residuals(operator: operators.Operator, vectors: PyTree, values: jax.Array)
 def _start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
     wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), like)
     draw_key, fresh_key = jax.random.split(key)
-    draw = trees.normal_like(draw_key, wide)
+    draw = probes.draw(draw_key, wide)
     following = trees.scale(1.0 / trees.norm(draw), draw)
     dtype = jnp.result_type(*jax.tree.leaves(wide))
     return Krylov(
@@ -271,6 +298,7 @@ def _start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
         beta=jnp.zeros(rank, dtype),
         scale=jnp.zeros((), dtype),
         size=jnp.int32(0),
+        broken=jnp.bool_(False),
         key=fresh_key,
     )
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_vit import errors, loops, trees
+from robust_vit.curvature import probes
 
 PyTree = Any
 
@@ -170,7 +171,7 @@ def asymmetry(operator: Operator, key: jax.Array) -> jax.Array:
 @jax.jit
 def _asymmetry(operator, key):
     left_key, right_key = jax.random.split(key)
-    left, right = trees.normal_like(left_key, operator.like), trees.normal_like(right_key, operator.like)
+    left, right = probes.draw(left_key, operator.like), probes.draw(right_key, operator.like)
     image = operator(left)
     difference = jnp.abs(trees.dot(right, image) - trees.dot(left, operator(right)))
     scale = trees.norm(image) * trees.norm(right)

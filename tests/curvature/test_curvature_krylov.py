@@ -55,7 +55,8 @@ def test_at_full_rank_every_spectrum_is_exact_with_its_multiplicities(name, dtyp
     np.testing.assert_array_equal(found.values, found.ritz)
     assert (found.residuals <= 3 * tolerance * scale).all()
     assert found.converged.all()
-    assert found.applications == 24 + 24
+    if name in ("spread", "negative", "huge", "tiny"):  # Others break down on the way, and idle until they are revived.
+        assert found.applications == 24 + 24
     np.testing.assert_allclose(found.weights.sum(), 1.0, rtol=1e-12)
 
 
@@ -94,13 +95,11 @@ def test_residuals_bound_the_error_and_decide_what_has_converged(rank, verify):
     np.testing.assert_array_equal(
         found.converged, found.residuals <= np.maximum(1e-4 * np.abs(found.values), found.noise)
     )
-    assert not found.converged.all()
+    assert found.converged.all() == (rank == 25)
     true = [np.linalg.norm(_matrix(values) @ y - t * y) for y, t in zip(found.vectors, found.values, strict=True)]
     np.testing.assert_allclose(found.residuals, true, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found.vectors, axis=1), 1.0, rtol=1e-5)
     assert found.applications == rank + (4 if verify else 0)
-    if rank == 25:
-        assert found.converged[0]
 
 
 def test_looking_every_few_steps_stops_when_the_top_has_converged():
@@ -111,13 +110,35 @@ def test_looking_every_few_steps_stops_when_the_top_has_converged():
     np.testing.assert_allclose(found.values, [50, 40, 30, 20, 10], rtol=1e-4)
     # A spectrum that does not let go takes all it may, and says that it has not converged.
     flat = curvature.lanczos(_operator(np.linspace(0, 1, 300)), KEY, rank=10, top=5, check_every=4)
-    assert flat.applications == 10
+    assert flat.applications == 12  # Three looks at four steps each.
+    assert len(flat.ritz) == 10
     assert not flat.converged.any()
 
 
 def test_a_complete_invariant_subspace_does_not_stop_the_search():
     found = curvature.lanczos(_operator(SPECTRA["multiple"]), KEY, rank=24, top=7, check_every=3)
     np.testing.assert_allclose(found.values, [3] * 4 + [-2] * 3, atol=1e-5)
+
+
+def test_steps_too_many_change_nothing_but_a_fresh_direction_does():
+    operator = _operator(SPECTRA["multiple"])
+    broken = krylov.extend(operator, krylov.start(operator, KEY, rank=5), steps=4)
+    assert (int(broken.size), bool(broken.broken)) == (3, True)  # Three distinct eigenvalues: three steps.
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(np.diag(broken.alpha[:3]) + _couplings(broken.beta[:2])), [-2, 0.5, 3], atol=1e-5
+    )
+    revived = krylov.revive(broken)
+    assert not bool(revived.broken)
+    np.testing.assert_allclose(broken.basis @ revived.following, 0.0, atol=1e-6)
+    full = krylov.extend(operator, revived, steps=9)
+    assert int(full.size) == 5
+    np.testing.assert_allclose(full.basis @ full.basis.T, np.eye(5), atol=1e-6)
+    unbroken = krylov.start(operator, KEY, rank=5)
+    np.testing.assert_array_equal(krylov.revive(unbroken).following, unbroken.following)
+
+
+def _couplings(beta):
+    return np.diag(beta, 1) + np.diag(beta, -1)
 
 
 def test_the_quadrature_is_exact_for_the_first_moments():
@@ -137,7 +158,7 @@ def test_a_run_cut_in_two_is_the_same_run():
     operator = _operator(SPECTRA["spread"])
     whole = krylov.extend(operator, krylov.start(operator, KEY, rank=12), steps=9)
     cut = krylov.extend(operator, krylov.extend(operator, krylov.start(operator, KEY, rank=12), steps=4), steps=5)
-    for name in ("basis", "following", "alpha", "beta", "scale", "size"):
+    for name in ("basis", "following", "alpha", "beta", "scale", "size", "broken"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(cut, name), err_msg=name)
 
 
