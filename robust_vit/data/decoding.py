@@ -11,6 +11,8 @@ from PIL import Image
 
 from robust_vit import errors
 
+_logger = logging.getLogger(__name__)
+
 ON_MODE = ("error", "convert")
 ON_BAD_IMAGE = ("raise", "skip")
 BAD_FRACTION = 0.01
@@ -98,7 +100,7 @@ class Tally:
                 return
             self._rows.add(row)
             count = len(self._rows)
-        logging.warning("skipped image %d of %d in %s: %s", count, self._total, self._name, error)
+        _logger.warning("skipped image %d of %d in %s: %s", count, self._total, self._name, error)
         if count > BAD_FRACTION * self._total:
             raise errors.UserError(
                 f"{count} of the {self._total} images of {self._name} cannot be decoded, more than "

@@ -14,6 +14,8 @@ import numpy as np
 from robust_vit import errors
 from robust_vit.data import decoding, sources
 
+_logger = logging.getLogger(__name__)
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Names of the folders that hold a split, by the split's name.
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
@@ -115,7 +117,7 @@ def from_folder(
     if split != "all" and not has_splits:
         is_test = np.asarray([_hash("split/" + paths[index]) < TEST_FRACTION * 2**64 for index in order])
         rows = np.flatnonzero(is_test if split == "test" else ~is_test)
-        logging.info("%s has no train/ and test/: %d of %d images are %r", top, len(rows), len(order), split)
+        _logger.info("%s has no train/ and test/: %d of %d images are %r", top, len(rows), len(order), split)
         if not len(rows):
             raise errors.UserError(f"{top} has too few images to split ({len(order)}): make train/ and test/ folders.")
     chosen = order[rows]

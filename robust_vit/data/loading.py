@@ -12,6 +12,8 @@ import numpy as np
 from robust_vit import classifier, errors
 from robust_vit.data import draws, sources, streams
 
+_logger = logging.getLogger(__name__)
+
 DEFAULTS: dict[str, Any] = {
     "name": "textured_shapes/aligned",  # Or "folder=PATH", or a TFDS name or directory.
     "data_dir": None,  # Where data sets lie.
@@ -110,7 +112,7 @@ def load(
         subset = sources.Subset(train_source, np.flatnonzero(held_out), name=f"{train_source.name}/validation")
         validation = streams.EvaluationStream(subset, batch=value["eval_batch"], **common)
     test = streams.EvaluationStream(test_source, batch=value["eval_batch"], limit=value["test_limit"], **common)
-    logging.info(
+    _logger.info(
         "%s: %d images to train on, %d for validation, %d for test",
         value["name"],
         len(kept),

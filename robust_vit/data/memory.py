@@ -14,6 +14,8 @@ import numpy as np
 from robust_vit import errors
 from robust_vit.data import decoding, sources, transforms
 
+_logger = logging.getLogger(__name__)
+
 MEMORY_LIMIT = 2 * 2**30  # Bytes of uint8 pixels that `cache="auto"` keeps for one stream.
 _CHUNK = 512
 
@@ -125,7 +127,7 @@ class Images:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        logging.info("%d images of %s in memory, %.1f s", len(examples), self.source.name, time.perf_counter() - begin)
+        _logger.info("%d images of %s in memory, %.1f s", len(examples), self.source.name, time.perf_counter() - begin)
         return examples
 
 

@@ -34,6 +34,8 @@ from PIL import Image
 from robust_vit import errors, files
 from robust_vit.data import rendering, shapes, tfds_source
 
+_logger = logging.getLogger(__name__)
+
 _CHUNK = 250  # Images rendered at once: a few megabytes a field.
 _THREADS = 2
 _RECIPE_KEYS = ("size", "train_examples", "test_examples", "seed")
@@ -183,7 +185,7 @@ def is_whole(folder: pathlib.Path, recipe: rendering.Recipe) -> bool:
             if len(source) != count or source[count - 1]["row"] != count - 1:
                 return False
     except Exception as error:  # Whatever array_record or TFDS says of a damaged folder.
-        logging.warning("%s is damaged (%s): generating it again", folder, error)
+        _logger.warning("%s is damaged (%s): generating it again", folder, error)
         return False
     return True
 
@@ -204,7 +206,7 @@ def _generate(recipe: rendering.Recipe, folder: pathlib.Path, *, staging: pathli
             f"{folder.parents[1]} has {free / 1e6:.0f} MB free, textured_shapes needs about {needed / 1e6:.0f}: free some "
             "space, or set data.data_dir to a larger disk."
         )
-    logging.info("generating %d images of textured_shapes/%s into %s", count, recipe.name, folder)
+    _logger.info("generating %d images of textured_shapes/%s into %s", count, recipe.name, folder)
     begin = time.perf_counter()
     try:
         builder = TexturedShapes(recipe=recipe, data_dir=str(staging))
@@ -219,7 +221,7 @@ def _generate(recipe: rendering.Recipe, folder: pathlib.Path, *, staging: pathli
         os.rename(made, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    logging.info("generated %d images in %.1f s", count, time.perf_counter() - begin)
+    _logger.info("generated %d images in %.1f s", count, time.perf_counter() - begin)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -12,10 +13,11 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from robust_vit import errors, files
 from robust_vit.models import positions, transfer
+
+_logger = logging.getLogger(__name__)
 
 PyTree = Any
 _LISTED = 6
@@ -164,6 +166,6 @@ def _regridded(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
             continue
         if name == "relative_position":
             old, new = (old + 1) // 2, (new + 1) // 2
-        logging.info("%s resized from a grid of %d x %d patches to %d x %d.", path, old, old, new, new)
+        _logger.info("%s resized from a grid of %d x %d patches to %d x %d.", path, old, old, new, new)
         return _resize(name, value, (old, old), (new, new))
     return value
