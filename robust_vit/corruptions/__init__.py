@@ -1,0 +1,37 @@
+"""Corruptions draw a worse input: `corrupt(keys, images, severity)`, pure functions of canonical pixels.
+
+`build(name, **options)` makes one. The severity is one scalar a call, 1 to 5, and may be traced: one compilation for all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from robust_vit import errors
+from robust_vit.corruptions import severities
+
+CORRUPTIONS = {
+    "gaussian_noise": "robust_vit.corruptions.noise:gaussian_noise",
+}
+
+SEVERITIES = severities.SEVERITIES
+
+
+def build(name: str, **options: Any) -> Any:
+    """The corruption of that name.
+
+    Args:
+      name: one of `CORRUPTIONS`.
+      **options: keyword arguments of the function that it names; an unknown one is a `UserError` with the nearest known.
+    """
+    if name not in CORRUPTIONS:
+        raise errors.unknown("corruption", name, CORRUPTIONS)
+    module, attribute = CORRUPTIONS[name].split(":")
+    factory = getattr(importlib.import_module(module), attribute)
+    known = inspect.signature(factory).parameters
+    for option in options:
+        if option not in known:
+            raise errors.unknown(f"option of corruption {name!r}", option, known)
+    return factory(**options)
