@@ -249,9 +249,9 @@ class _Network(nn.Module):
 
 
 def _network_accuracy(train: dict, test: dict, key: str) -> float:
-    """Test accuracy from raw pixels after ten epochs of AdamW."""
+    """Test accuracy from raw pixels after fifteen epochs of AdamW."""
     images, held_out = (found["image"].astype(np.float32) / 127.5 - 1 for found in (train, test))
-    network, epochs, size = _Network(), 10, 64
+    network, epochs, size = _Network(), 15, 64
     steps = len(images) // size
     params = network.init(jax.random.key(0), images[:1])
     optimiser = optax.adamw(optax.cosine_decay_schedule(3e-3, epochs * steps))
@@ -275,8 +275,10 @@ def _network_accuracy(train: dict, test: dict, key: str) -> float:
 
 @pytest.mark.slow
 def test_a_convolutional_network_learns_both_cues_equally():
-    """From raw pixels of `random`, 3,000 images at 32 px. Measured: shape 96.0, texture 95.9 %."""
-    train, test = (rendering.render(_recipe("random"), s, np.arange(n)) for s, n in (("train", 3000), ("test", 1000)))
+    """From raw pixels of `random`, 4,000 images at 32 px. Measured with three seeds: shape 98.4, 99.0, 98.6, texture 98.1,
+    98.3, 97.2 %. Two thirds of the steps on 3,000 images are too few for the texture: 96.2 and 90.6 %.
+    """
+    train, test = (rendering.render(_recipe("random"), s, np.arange(n)) for s, n in (("train", 4000), ("test", 1000)))
     shape, texture = (_network_accuracy(train, test, key) for key in ("shape_label", "texture_label"))
     assert min(shape, texture) > 90
     assert abs(shape - texture) < 2, (shape, texture)
