@@ -77,6 +77,16 @@ class Images:
         """
         return self._first_good(index, self._at)
 
+    def many(self, indices: Sequence[int]) -> list[Example]:
+        """`good` of each position; what is not in memory is read at once."""
+        if self.in_memory:
+            return [self.good(index) for index in indices]
+        found = self._decode(indices)
+        return [
+            self.good(index) if isinstance(example, decoding.BadImage) else example
+            for index, example in zip(indices, found, strict=True)
+        ]
+
     def _first_good(self, index: int, read: Callable[[int], Example | decoding.BadImage]) -> Example:
         for step in range(len(self.source)):
             position = (index + step) % len(self.source)

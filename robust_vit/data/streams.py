@@ -114,13 +114,16 @@ class TrainingStream:
         return indices, uniforms
 
     def _raw(self, positions: np.ndarray) -> dict[str, Any]:
-        images, labels, rows, extras = [], [], [], []
+        planned = []
         for position in positions:
             chunk, inside = divmod(int(position), _CHUNK)
             indices, uniforms = self._plan(chunk)
-            _, image, label, row, extra = self._images.good(int(indices[inside]))
+            planned.append((int(indices[inside]), [uniform[inside] for uniform in uniforms]))
+        images, labels, rows, extras = [], [], [], []
+        found = self._images.many([index for index, _ in planned])
+        for (_, image, label, row, extra), (_, uniforms) in zip(found, planned, strict=True):
             for transform, uniform in zip(self._augment, uniforms, strict=True):
-                image = transform.apply(image, uniform[inside]) if transform.draws else transform.apply(image)
+                image = transform.apply(image, uniform) if transform.draws else transform.apply(image)
             images.append(image)
             labels.append(label)
             rows.append(row)
@@ -203,13 +206,15 @@ class EvaluationStream:
 
     def _raw(self, positions: np.ndarray) -> dict[str, Any]:
         images, labels, rows, mask, extras = [], [], [], [], []
-        for position in positions:
-            wanted = int(position) if position < self.num_examples else 0
-            found, image, label, row, extra = self._images.good(wanted)
+        wanted = [int(position) if position < self.num_examples else 0 for position in positions]
+        real = [position < self.num_examples for position in positions]
+        for (found, image, label, row, extra), index, is_real in zip(
+            self._images.many(wanted), wanted, real, strict=True
+        ):
             images.append(image)
             labels.append(label)
             rows.append(row)
-            mask.append(bool(position < self.num_examples and found == wanted))
+            mask.append(bool(is_real and found == index))
             extras.append(extra)
         return _collated(images, labels, rows, mask, extras, self.source.name)
 
@@ -283,7 +288,9 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _finished(part: dict[str, Any]) -> Batch:
-    return {**part, "image": np.divide(part["image"], np.float32(255), dtype=np.float32)}
+    images = part["image"].astype(np.float32)
+    images /= np.float32(255)  # In place: half the time of one mixed-type division.
+    return {**part, "image": images}
 
 
 def _sizes_differ(name: str, shapes: set[tuple[int, ...]]) -> errors.UserError:
