@@ -17,6 +17,8 @@ from robust_vit.data import decoding, sources, transforms
 _logger = logging.getLogger(__name__)
 
 MEMORY_LIMIT = 2 * 2**30  # Bytes of uint8 pixels that `cache="auto"` keeps for one stream.
+# What `cache` may be: True keeps images in memory, None decides by their size.
+CACHE = {"auto": None, "always": True, "never": False, True: True, False: False}
 _CHUNK = 512
 
 # Position, image uint8, label, row, scalar extras.
@@ -39,14 +41,14 @@ class Images:
         extras: Sequence[str],
         workers: int,
     ):
-        if cache not in ("auto", True, False):
-            raise errors.UserError(f"data.cache is {cache!r}: expected 'auto', True or False.")
+        if cache not in CACHE:
+            raise errors.UserError(f"data.cache is {cache!r}: expected 'auto', 'always' (True) or 'never' (False).")
         if any(transform.draws for transform in fixed):
             random = [transform.name for transform in fixed if transform.draws]
             raise errors.UserError(f"data.preprocess has the random {random[0]}: move it to data.augment.")
         self.source = source
         self._fixed = tuple(fixed)
-        self._cache = cache
+        self._cache = CACHE[cache]
         self._extras = tuple(extras)
         self._workers = workers
         self._tally = decoding.Tally(total=len(source), name=source.name)
@@ -58,10 +60,10 @@ class Images:
     def in_memory(self) -> bool:
         """Whether images are kept decoded; with `cache="auto"` judged from the first image's size."""
         if self._in_memory is None:
-            if self._cache == "auto":
+            if self._cache is None:
                 self._in_memory = self.peek().nbytes * len(self.source) <= MEMORY_LIMIT
             else:
-                self._in_memory = bool(self._cache)
+                self._in_memory = self._cache
         return self._in_memory
 
     def peek(self) -> np.ndarray:

@@ -199,10 +199,11 @@ def test_auto_keeps_small_data_in_memory_and_leaves_large_on_disk(monkeypatch):
     data.EvaluationStream(source, batch=20).batch(0)
     assert source.reads == 21  # One to learn the size, then each once.
     monkeypatch.setattr("robust_vit.data.memory.MEMORY_LIMIT", 19 * 8 * 8 * 3)
-    stream = data.EvaluationStream(_Encoded(20), batch=20)
-    stream.batch(0)
-    stream.batch(0)
-    assert stream.source.reads == 41
+    for cache, reads in (("auto", 41), ("never", 40), ("always", 20)):
+        stream = data.EvaluationStream(_Encoded(20), batch=20, cache=cache)
+        stream.batch(0)
+        stream.batch(0)
+        assert stream.source.reads == reads
 
 
 @pytest.mark.parametrize("cache", [True, False])
