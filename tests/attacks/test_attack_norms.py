@@ -71,8 +71,13 @@ def test_projection_is_the_nearest_point_of_the_ball(name):
     clean = jnp.full((1, 3, 3, 1), 0.5)
     outside = clean + 0.15 * jax.random.normal(jax.random.key(2), clean.shape)
     projected = norm.project(outside, clean, jnp.float32(radius))
-    inside = clean + norm.draw(jax.random.split(jax.random.key(3), 500), jnp.repeat(clean, 500, 0), jnp.float32(radius))
-    products = jnp.sum((outside - projected) * (inside - projected), axis=(1, 2, 3))
+    rng = np.random.default_rng(3)
+    inside = rng.normal(size=(500, *clean.shape[1:]))
+    inside *= (radius * rng.uniform(0.5, 1.0, 500) / np.asarray([ROWS[name][0](d.ravel()) for d in inside]))[
+        :, None, None, None
+    ]
+    inside = np.asarray(clean) + inside
+    products = np.sum(np.asarray(outside - projected) * (inside - np.asarray(projected)), axis=(1, 2, 3))
     assert float(products.max()) <= 1e-6
     assert float(products.min()) < -1e-3
 
