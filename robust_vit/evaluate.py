@@ -272,7 +272,7 @@ def _run_chunks(
         _check_chunk(records, label, index)
         durations.append(time.monotonic() - start)
         files.write_npz(_chunk(chunks, index), {**records, _SECONDS: np.float64(durations[-1])})
-        if time.monotonic() - last_line > 5.0 and done + 1 < len(missing):
+        if time.monotonic() - last_line > 5.0 and 1 <= done < len(missing) - 1:
             last_line = time.monotonic()
             left = _left(durations, len(missing) - done - 1)
             position = count - len(missing) + done + 1

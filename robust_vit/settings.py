@@ -58,8 +58,10 @@ def default() -> ml_collections.ConfigDict:
     )  # Grey or transparent files: "error" or "convert".
     config.data.cache = "auto"  # Keep decoded images in memory: "auto" (up to 2 GiB), "always" or "never".
     config.data.workers = ml_collections.config_dict.placeholder(int)  # Threads that read; None: one a core.
-    config.data.train_limit = ml_collections.config_dict.placeholder(int)  # First so many training rows; None: all.
-    config.data.test_limit = ml_collections.config_dict.placeholder(int)
+    config.data.train_limit = ml_collections.config_dict.placeholder(
+        int
+    )  # Train on so many rows, chosen by hash; None: all.
+    config.data.test_limit = ml_collections.config_dict.placeholder(int)  # The first so many test rows; None: all.
     config.data.batch = 128
     config.data.eval_batch = 256
 
