@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from robust_vit import errors, models, studies
+from robust_vit import errors, models, registry, studies
 from robust_vit.training import optimizers, schedules
 
 # Keys that do not change what is trained: a workdir may be continued with other values of them.
@@ -113,7 +112,7 @@ def model(name: str, **options: Any) -> ml_collections.ConfigDict:
         folder, and `init_reset`, a pattern of the variables that start anew all the same (`"^params/head/"`).
     """
     part = ml_collections.ConfigDict({"name": name, "init": "", "init_reset": ""})
-    parameters = inspect.signature(_attribute(models.MODELS, "model", name)).parameters.values()
+    parameters = inspect.signature(registry.find("model", name, models.MODELS)).parameters.values()
     _fill(
         part,
         f"option of model {name!r}",
@@ -127,7 +126,7 @@ def model(name: str, **options: Any) -> ml_collections.ConfigDict:
 def study(name: str, **options: Any) -> ml_collections.ConfigDict:
     """One entry of `studies` with every setting of that study, so that each can be overridden."""
     part = ml_collections.ConfigDict({"name": name})
-    fields = dataclasses.fields(_attribute(studies.STUDIES, "study", name))
+    fields = dataclasses.fields(registry.find("study", name, studies.STUDIES))
     _fill(part, f"option of study {name!r}", [(f.name, f.default, f.type) for f in fields], options, set())
     return part.lock()
 
@@ -214,13 +213,6 @@ def _unknown_key(full: str, key: str, config: Mapping[str, Any]) -> errors.UserE
     near = difflib.get_close_matches(key, list(config), n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return errors.UserError(f"unknown config key {full}: {hint}Known here: {', '.join(sorted(config))}.")
-
-
-def _attribute(registry: Mapping[str, str], kind: str, name: str) -> Any:
-    if name not in registry:
-        raise errors.unknown(kind, name, registry)
-    module, _, attribute = registry[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _fill(

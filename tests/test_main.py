@@ -63,7 +63,8 @@ def _results(workdir: pathlib.Path) -> dict[str, bytes]:
             if path.name in ("examples.npz", "result.json"):
                 kept[str(path.relative_to(workdir))] = path.read_bytes()
         kept[f"{run}/metrics.jsonl"] = (workdir / run / "metrics.jsonl").read_bytes()
-        for step in checkpoints.steps(workdir / run / "checkpoints"):
+        # An extra checkpoint may be left from where a run was stopped; the last one is what training came to.
+        for step in checkpoints.steps(workdir / run / "checkpoints")[-1:]:
             raw = checkpoints.read_raw(workdir / run / "checkpoints", step)
             kept[f"{run}/checkpoints/{step}"] = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(raw))
     return kept

@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any
 
-from robust_vit import errors
+from robust_vit import registry
 from robust_vit.attacks import norms, runner, skeleton, threats
 
 ATTACKS = {
@@ -36,12 +34,4 @@ def build(name: str, **options: Any) -> skeleton.Attack:
       name: one of `ATTACKS`.
       **options: keyword arguments of the function that it names; an unknown one is a `UserError` with the nearest known.
     """
-    if name not in ATTACKS:
-        raise errors.unknown("attack", name, ATTACKS)
-    module, attribute = ATTACKS[name].split(":")
-    factory = getattr(importlib.import_module(module), attribute)
-    known = inspect.signature(factory).parameters
-    for option in options:
-        if option not in known:
-            raise errors.unknown(f"option of attack {name!r}", option, known)
-    return factory(**options)
+    return registry.build("attack", name, ATTACKS, options)

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any
 
-from robust_vit import errors
+from robust_vit import registry
 from robust_vit.corruptions import severities
 
 CORRUPTIONS = {
@@ -26,12 +24,4 @@ def build(name: str, **options: Any) -> Any:
       name: one of `CORRUPTIONS`.
       **options: keyword arguments of the function that it names; an unknown one is a `UserError` with the nearest known.
     """
-    if name not in CORRUPTIONS:
-        raise errors.unknown("corruption", name, CORRUPTIONS)
-    module, attribute = CORRUPTIONS[name].split(":")
-    factory = getattr(importlib.import_module(module), attribute)
-    known = inspect.signature(factory).parameters
-    for option in options:
-        if option not in known:
-            raise errors.unknown(f"option of corruption {name!r}", option, known)
-    return factory(**options)
+    return registry.build("corruption", name, CORRUPTIONS, options)

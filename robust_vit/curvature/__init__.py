@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from robust_vit import errors
+from robust_vit import registry
 from robust_vit.curvature import krylov, operators
 
 OPERATORS = {
@@ -24,7 +23,4 @@ lanczos = krylov.lanczos
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:
     """The operator of that name, one of `OPERATORS`, from the arguments and options of the function that it names."""
-    if name not in OPERATORS:
-        raise errors.unknown("operator", name, OPERATORS)
-    module, attribute = OPERATORS[name].split(":")
-    return getattr(importlib.import_module(module), attribute)(*arguments, **options)
+    return registry.find("operator", name, OPERATORS)(*arguments, **options)

@@ -8,7 +8,6 @@ XLA removes what the caller does not use. `module.branches` names the residual b
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from typing import Any
 
@@ -16,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robust_vit import classifier, errors
+from robust_vit import classifier, errors, registry
 from robust_vit.models.weights import load_weights, resize_positions, save_weights, stack_blocks, unstack_blocks
 
 __all__ = [
@@ -45,7 +44,7 @@ def options(name: str) -> dict[str, Any]:
     Raises:
       errors.UserError: no model has this name.
     """
-    parameters = inspect.signature(_factory(name)).parameters.values()
+    parameters = inspect.signature(registry.find("model", name, MODELS)).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.name != "num_classes"}
 
 
@@ -60,11 +59,8 @@ def build(name: str, *, num_classes: int, **given: Any) -> nn.Module:
     Raises:
       errors.UserError: unknown name or option, or options that do not go together.
     """
-    factory = _factory(name)
-    known = options(name)
-    for option in given:
-        if option not in known:
-            raise errors.unknown(f"{name} option", option, known)
+    factory = registry.find("model", name, MODELS)
+    registry.check_options("model", name, given, options(name))
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise errors.UserError(f"num_classes is {num_classes!r}: expected a positive whole number.")
     return factory(num_classes=num_classes, **given)
@@ -87,10 +83,3 @@ def init(module: nn.Module, spec: classifier.ImageSpec, key: jax.Array) -> PyTre
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(module: nn.Module, shape: tuple[int, ...], key: jax.Array) -> PyTree:
     return module.init(key, jnp.zeros(shape, jnp.float32))
-
-
-def _factory(name: str) -> Any:
-    if name not in MODELS:
-        raise errors.unknown("model", name, MODELS)
-    module, attribute = MODELS[name].split(":")
-    return getattr(importlib.import_module(module), attribute)

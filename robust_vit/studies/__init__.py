@@ -7,10 +7,9 @@ records, and computes every scalar, interval, table and figure from the records 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
-from robust_vit import errors
+from robust_vit import registry
 from robust_vit.studies.study import Comparison as Comparison
 from robust_vit.studies.study import Finding as Finding
 from robust_vit.studies.study import Study as Study
@@ -34,12 +33,6 @@ def build(name: str, **options: Any) -> Study:
     Raises:
       UserError: for an unknown study or option (naming the nearest), or a value that the study refuses.
     """
-    if name not in STUDIES:
-        raise errors.unknown("study", name, STUDIES)
-    module, attribute = STUDIES[name].split(":")
-    kind = getattr(importlib.import_module(module), attribute)
-    known = [field.name for field in dataclasses.fields(kind)]
-    for option in options:
-        if option not in known:
-            raise errors.unknown(f"option of study {name!r}", option, known)
+    kind = registry.find("study", name, STUDIES)
+    registry.check_options("study", name, options, [field.name for field in dataclasses.fields(kind)])
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
