@@ -28,6 +28,7 @@ _logger = logging.getLogger(__name__)
 MANIFEST = "manifest"
 _PARTIAL = ".partial"
 _DELETED = ".deleted"
+_DAMAGED = ".damaged"
 _BLOCK = 1 << 20
 
 
@@ -85,9 +86,15 @@ class Checkpoints:
         """Starts to save; returns when the arrays have been copied. A save under way is waited for first."""
         self.wait()
         partial = self._folder / f"{step}{_PARTIAL}"
+        final = self._folder / str(step)
         with self._write_errors():
-            if (self._folder / str(step)).exists():
-                return
+            if final.exists():
+                if find_damage(final) is None:
+                    return
+                # Kept aside: what can be rescued from it is the user's to decide.
+                aside = self._folder / f"{step}{_DAMAGED}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(final, aside)
             self._writer.save(partial, state, force=True)
         content = {"step": step, "metrics": dict(metrics or {}), "arrays": _describe(state)}
         self._sealing = threading.Thread(

@@ -194,6 +194,10 @@ def _override(config: ml_collections.ConfigDict, overrides: Mapping[str, Any], p
     for key, value in overrides.items():
         if key not in config:
             raise _unknown_key(f"{path}.{key}", key, config)
+        if key == "studies":
+            raise errors.UserError(
+                f"{path}.studies: studies are common to all runs, so that these can be compared; set studies."
+            )
         nested = isinstance(value, Mapping)
         if nested != isinstance(config[key], ml_collections.ConfigDict):
             raise errors.UserError(

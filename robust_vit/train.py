@@ -196,6 +196,12 @@ def restore(setup: Setup, which: str) -> tuple[train_state.TrainState, int]:
     keeper = checkpoints.Checkpoints(setup.folder / "checkpoints", keep=setup.config.checkpoint.keep, best=BEST_METRIC)
     with contextlib.closing(keeper):
         step = keeper.best_step() if which == "best" else None
+        damage = None if step is None else checkpoints.find_damage(setup.folder / "checkpoints" / str(step))
+        if damage is not None:
+            _logger.warning(
+                "the best checkpoint, of step %d, is damaged (%s): taking the newest intact one", step, damage
+            )
+            step = None
         restored = keeper.restore(setup.abstract_state(), step=step)
     if restored is None:
         raise errors.UserError(f"no checkpoint in {setup.folder / 'checkpoints'}: train the run first.")
@@ -260,8 +266,7 @@ def _loop(
             if step % config.log_every == 0 or last or step == start + 1:
                 _check_finite(state)
             if step % config.log_every == 0 or last:
-                window = config.log_every if step % config.log_every == 0 else step % config.log_every
-                log.train(step, _means(state, window), learning_rate=float(setup.schedule(step - 1)))
+                log.train(step, _means(state), learning_rate=float(setup.schedule(step - 1)))
                 state = train_state.reset_sums(state)
             if step % every == 0 or last:
                 _check_finite(state)
@@ -275,7 +280,9 @@ def _loop(
 
 
 def validate(setup: Setup, state: train_state.TrainState) -> dict[str, Any]:
-    """Mean loss, top-1 and top-5 accuracy over the validation split; a list over replicas where there are several."""
+    """Mean loss, top-1 and top-5 accuracy over the validation split; lists over replicas; empty without such a split."""
+    if setup.bundle.validation is None:
+        return {}
     variables = train_state.variables(state)
     replicas = range(setup.replicas) if setup.replicas else (None,)
     totals: list[streaming.Sums | None] = [None] * len(replicas)
@@ -376,7 +383,8 @@ def _check_finite(state: train_state.TrainState) -> None:
         )
 
 
-def _means(state: train_state.TrainState, window: int) -> dict[str, Any]:
+def _means(state: train_state.TrainState) -> dict[str, Any]:
+    window = max(int(state.window), 1)
     return {
         name: (np.asarray(value, np.float64) / window).tolist() for name, value in jax.device_get(state.sums).items()
     }
@@ -403,4 +411,4 @@ def _fresh_state(module, spec, optimizer: _HashedById, metrics, average, keys) -
     if not keys.shape:
         return one(keys)
     states = jax.vmap(one)(keys)
-    return states._replace(step=states.step[0])
+    return states._replace(step=states.step[0], window=states.window[0])

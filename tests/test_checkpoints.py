@@ -119,6 +119,15 @@ def test_a_damaged_step_falls_back_to_the_one_before_and_says_so(tmp_path, caplo
     assert "checkpoint of step 2 is damaged" in caplog.text
 
 
+def test_a_damaged_step_is_written_again_and_set_aside(tmp_path):
+    _save(tmp_path, 1, 2)
+    (tmp_path / "2" / checkpoints.MANIFEST).unlink()
+    _save(tmp_path, 2)
+    assert checkpoints.find_damage(tmp_path / "2") is None
+    assert (tmp_path / "2.damaged").is_dir()
+    assert checkpoints.steps(tmp_path) == [1, 2]
+
+
 def test_all_damaged_is_an_error_and_never_a_silent_fresh_start(tmp_path):
     _save(tmp_path, 1)
     (tmp_path / "1" / checkpoints.MANIFEST).unlink()

@@ -74,6 +74,7 @@ def test_overrides_are_merged_and_another_model_replaces_the_whole():
     [
         ({"a": {"trian": {"epochs": 3.0}}}, "unknown config key runs.a.trian: did you mean train"),
         ({"a": {"train": {"epoch": 3.0}}}, "unknown config key runs.a.train.epoch: did you mean epochs?"),
+        ({"a": {"studies": {}}}, "studies are common to all runs"),
         ({"a": {"train": 3}}, "runs.a.train: expected a group of keys"),
         ({"a": {"seed": {"x": 3}}}, "runs.a.seed: expected a value"),
         ({"report": {}}, "run name 'report'"),

@@ -95,6 +95,42 @@ def test_the_best_checkpoint_is_the_one_of_the_best_validation(folder, tmp_path)
     assert train.restore(setup, "last")[1] == 24
 
 
+def test_a_damaged_best_checkpoint_is_replaced_by_the_newest_intact_one(folder, tmp_path, caplog):
+    setup = _train(folder, tmp_path, **{"train.steps": 24})
+    best = train.restore(setup, "best")[1]
+    if best == 24:
+        (setup.folder / "checkpoints" / "24" / checkpoints.MANIFEST).unlink()
+        assert train.restore(setup, "best")[1] < 24
+        return
+    victim = max((setup.folder / "checkpoints" / str(best)).rglob("*"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes() + b"x")
+    assert train.restore(setup, "best")[1] == 24
+    assert "the best checkpoint, of step" in caplog.text
+
+
+def test_without_a_validation_split_the_last_checkpoint_is_read(folder, tmp_path):
+    setup = _train(folder, tmp_path, **{"data.validation": 0.0, "train.steps": 4})
+    subjects, step = train.subjects(setup)
+    assert step == 4
+    assert subjects["main"].validation is None
+
+
+def test_logging_at_another_rhythm_after_a_resume_means_the_same(folder, tmp_path, whole):
+    with pytest.raises(train.Stopped):
+        _train(folder, tmp_path, stop=_after(7))
+    resumed = _train(folder, tmp_path, log_every=12)
+    last, expected = (
+        [
+            line
+            for line in progress.read(setup.folder / "metrics.jsonl")
+            if "train/loss" in line and line["step"] in (10, 12)
+        ]
+        for setup in (resumed, whole)
+    )
+    total = sum(line["train/loss"] * steps for line, steps in zip(expected, (5, 2), strict=True))
+    assert last[-1]["train/loss"] == pytest.approx(total / 7, rel=1e-5)
+
+
 @pytest.mark.parametrize("polls", [1, 4, 5, 8])
 def test_stopped_and_resumed_ends_with_the_same_bytes(folder, tmp_path, whole, polls):
     with pytest.raises(train.Stopped, match=f"after step {polls} of 12"):

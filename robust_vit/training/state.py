@@ -14,7 +14,7 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds. With `replicas=n` every leaf but `step` has a leading axis of n.
+    """What a checkpoint holds. With `replicas=n` every leaf but `step` and `window` has a leading axis of n.
 
     Attributes:
       step: int32 scalar, steps taken.
@@ -22,7 +22,8 @@ class TrainState(NamedTuple):
       model_state: the other variable collections (`batch_stats`); `{}` where there are none.
       optimizer_state: of the Optax transformation.
       average: exponential moving average of `params`; None where it is off.
-      sums: sums of each metric since the last log line, so that a run cut anywhere logs the same numbers.
+      window: int32 scalar, steps since the last log line.
+      sums: sums of each metric over these, so that a run cut anywhere logs the same numbers.
       first_bad_step: for each metric, the first step at which it was not finite; a large number where it always was.
     """
 
@@ -31,6 +32,7 @@ class TrainState(NamedTuple):
     model_state: PyTree
     optimizer_state: PyTree
     average: PyTree | None
+    window: jax.Array
     sums: dict[str, jax.Array]
     first_bad_step: dict[str, jax.Array]
 
@@ -57,6 +59,7 @@ def create(
         optimizer_state=optimizer.init(params),
         # A copy: the step donates its state, and one buffer cannot be donated twice.
         average=jax.tree.map(jnp.copy, params) if average else None,
+        window=jnp.int32(0),
         sums={name: jnp.float32(0.0) for name in metrics},
         first_bad_step={name: jnp.int32(NEVER) for name in metrics},
     )
@@ -75,4 +78,4 @@ def replica(tree: PyTree, index: int) -> PyTree:
 
 def reset_sums(state: TrainState) -> TrainState:
     """The state after a log line."""
-    return state._replace(sums=trees.zeros_like(state.sums))
+    return state._replace(window=jnp.int32(0), sums=trees.zeros_like(state.sums))

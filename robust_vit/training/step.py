@@ -103,7 +103,16 @@ def build(
             for name in metrics
         }
         sums = {name: state.sums[name] + metrics[name] for name in metrics}
-        return train_state.TrainState(state.step + 1, params, model_state, optimizer_state, average, sums, bad)
+        return train_state.TrainState(
+            step=state.step + 1,
+            params=params,
+            model_state=model_state,
+            optimizer_state=optimizer_state,
+            average=average,
+            window=state.window + 1,
+            sums=sums,
+            first_bad_step=bad,
+        )
 
     return step
 
@@ -115,12 +124,12 @@ def compile_step(
 
     Args:
       step: what `build` returned.
-      replicas: train this many seeds at once: state (but for `step`) and keys have a leading axis, the batch is shared.
+      replicas: train this many seeds at once: state (but for its counters) and keys have a leading axis, the batch is shared.
       state_sharding: where the state lives; None leaves it to JAX.
       batch_sharding: where the batch lives.
     """
     if replicas is not None:
-        axes = train_state.TrainState(None, *(0,) * (len(train_state.TrainState._fields) - 1))
+        axes = train_state.TrainState(*(0,) * len(train_state.TrainState._fields))._replace(step=None, window=None)
         step = jax.vmap(step, in_axes=(axes, None, 0), out_axes=axes)
     shardings = {}
     if state_sharding is not None:
