@@ -183,7 +183,7 @@ def _find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
     known = _published_names()
     if path.split("/")[0] not in known:
         raise _unknown(name, root, present, known)
-    there = f"it holds {', '.join(present)}" if present else ("it is empty" if root.is_dir() else "no such folder")
+    there = f"it holds {_listed(present)}" if present else ("it is empty" if root.is_dir() else "no such folder")
     raise errors.UserError(
         f"no {name} at {root} ({there}): set data.data_dir to the folder above {path}/, or prepare it with "
         f"`tfds build {path} --data_dir={root} --file_format=array_record` (needs robust_vit[tf])."
@@ -194,7 +194,7 @@ def _unknown(name: str, root: pathlib.Path, present: list[str], known: list[str]
     candidates = {*present, *known, "folder=PATH", "textured_shapes/aligned"}
     near = difflib.get_close_matches(name, sorted(candidates), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    there = f"at {root}: {', '.join(present)}" if present else f"nothing is prepared at {root}"
+    there = f"at {root}: {_listed(present)}" if present else f"nothing is prepared at {root}"
     return errors.UserError(
         f"unknown data set {name!r}: {hint}Known: textured_shapes/CONFIG, folder=PATH, the names of TFDS; {there}."
     )
@@ -212,3 +212,7 @@ def _published_names() -> list[str]:
 
 def _version_key(folder: pathlib.Path) -> tuple[int, ...]:
     return tuple(int(part) for part in folder.name.split("."))
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
