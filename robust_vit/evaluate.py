@@ -164,7 +164,7 @@ class ReportCard:
 def report_card(
     model: Callable | classifiers.Classifier | classifiers.Wrapped,
     images: Float[Array, "examples height width channels"] | os.PathLike | str,
-    labels: Int[Array, "examples"] | None = None,
+    labels: Int[Array, " examples"] | None = None,
     *,
     variables: Any = None,
     workdir: os.PathLike | str,

@@ -22,7 +22,7 @@ def main(_: list[str]) -> int:
     began = time.monotonic()
     command_line.configure_jax()
     # Imported after the flags are read: `--help` and a mistyped flag answer at once.
-    from robust_vit import evaluate, files, progress, report, settings, train
+    from robust_vit import evaluate, files, progress, report, runs, settings, train
 
     stopping = threading.Event()
     # SIGTERM is what schedulers send before they take a machine away: finish the step or the chunk, save, leave.
@@ -30,14 +30,14 @@ def main(_: list[str]) -> int:
     logger = command_line.logger()
     config = CONFIG.value
     resolved = settings.resolve(config)
-    setups = {name: train.prepare(run, WORKDIR.value, name) for name, run in resolved.items()}
+    setups = {name: runs.prepare(run, WORKDIR.value, name) for name, run in resolved.items()}
     files.write_json(f"{WORKDIR.value}/config.json", config.to_dict())
     try:
         for setup in setups.values():
             train.train(setup, stop=stopping.is_set)
         subjects, steps = {}, {}
         for setup in setups.values():
-            found, step = train.subjects(setup)
+            found, step = runs.subjects(setup)
             subjects.update(found)
             steps.update(dict.fromkeys(found, step))
         asked = settings.build_studies(next(iter(resolved.values())))

@@ -15,7 +15,7 @@ FLOORS = {
     2: "attacks corruptions curvature metrics models data",
     3: "training",
     4: "studies objectives",
-    5: "train evaluate report settings presets",
+    5: "train evaluate report runs settings presets",
     6: "main",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
@@ -26,7 +26,9 @@ SAME_FLOOR = {
     ("corruptions", "metrics"),
     ("curvature", "metrics"),
     ("evaluate", "report"),
+    ("train", "runs"),
     ("train", "settings"),
+    ("runs", "settings"),
     ("presets", "settings"),
 }
 

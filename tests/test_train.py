@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robust_vit import checkpoints, errors, progress, settings, train
+from robust_vit import checkpoints, errors, progress, runs, settings, train
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def _config(folder, **flat) -> ml_collections.ConfigDict:
     return settings.resolve(config)["main"]
 
 
-def _train(folder, workdir, stop=lambda: False, **flat) -> train.Setup:
-    setup = train.prepare(_config(folder, **flat), workdir)
+def _train(folder, workdir, stop=lambda: False, **flat) -> runs.Setup:
+    setup = runs.prepare(_config(folder, **flat), workdir)
     train.train(setup, stop=stop)
     return setup
 
@@ -56,7 +56,7 @@ def _after(polls: int):
 
 
 def _leaves(setup) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(train.restore(setup, "last")[0])]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(runs.restore(setup, "last")[0])]
 
 
 def _same(left, right) -> bool:
@@ -64,7 +64,7 @@ def _same(left, right) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory) -> train.Setup:
+def whole(folder, tmp_path_factory) -> runs.Setup:
     """A run that was never interrupted."""
     return _train(folder, tmp_path_factory.mktemp("whole"))
 
@@ -76,7 +76,7 @@ def test_it_learns_and_writes_what_it_did(folder, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     assert [line for line in lines if "validation/accuracy" in line][-1]["validation/accuracy"] > 0.9
     assert list((setup.folder / "events").iterdir())
-    subjects, step = train.subjects(setup)
+    subjects, step = runs.subjects(setup)
     assert step in checkpoints.steps(setup.folder / "checkpoints")
     batch = setup.bundle.test.batch(0)
     predicted = np.argmax(subjects["main"].classifier(batch["image"]), axis=-1)
@@ -91,26 +91,26 @@ def test_the_best_checkpoint_is_the_one_of_the_best_validation(folder, tmp_path)
         if "validation/accuracy" in line
     }
     best = min(step for step, score in scores.items() if score == max(scores.values()))
-    assert train.restore(setup, "best")[1] == best
-    assert train.restore(setup, "last")[1] == 24
+    assert runs.restore(setup, "best")[1] == best
+    assert runs.restore(setup, "last")[1] == 24
 
 
 def test_a_damaged_best_checkpoint_is_replaced_by_the_newest_intact_one(folder, tmp_path, caplog):
     setup = _train(folder, tmp_path, **{"train.steps": 24})
-    best = train.restore(setup, "best")[1]
+    best = runs.restore(setup, "best")[1]
     if best == 24:
         (setup.folder / "checkpoints" / "24" / checkpoints.MANIFEST).unlink()
-        assert train.restore(setup, "best")[1] < 24
+        assert runs.restore(setup, "best")[1] < 24
         return
     victim = max((setup.folder / "checkpoints" / str(best)).rglob("*"), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes() + b"x")
-    assert train.restore(setup, "best")[1] == 24
+    assert runs.restore(setup, "best")[1] == 24
     assert "the best checkpoint, of step" in caplog.text
 
 
 def test_without_a_validation_split_the_last_checkpoint_is_read(folder, tmp_path):
     setup = _train(folder, tmp_path, **{"data.validation": 0.0, "train.steps": 4})
-    subjects, step = train.subjects(setup)
+    subjects, step = runs.subjects(setup)
     assert step == 4
     assert subjects["main"].validation is None
 
@@ -156,7 +156,7 @@ def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(folder, tmp_pat
 def test_a_finished_run_is_not_trained_again(folder, whole, caplog):
     before = _leaves(whole)
     caplog.set_level("INFO", logger="robust_vit")
-    train.train(train.prepare(_config(folder), whole.folder.parent))
+    train.train(runs.prepare(_config(folder), whole.folder.parent))
     assert "training is finished" in caplog.text
     assert all(np.array_equal(a, b) for a, b in zip(before, _leaves(whole), strict=True))
 
@@ -167,8 +167,8 @@ def test_another_seed_is_another_run(folder, tmp_path, whole):
 
 def test_a_workdir_of_another_configuration_is_refused(folder, whole):
     with pytest.raises(errors.UserError, match=r"was trained with optimizer.learning_rate=0.003, and 0.1 is asked for"):
-        train.prepare(_config(folder, **{"optimizer.learning_rate": 0.1}), whole.folder.parent)
-    train.prepare(_config(folder, **{"log_every": 3}), whole.folder.parent)
+        runs.prepare(_config(folder, **{"optimizer.learning_rate": 0.1}), whole.folder.parent)
+    runs.prepare(_config(folder, **{"log_every": 3}), whole.folder.parent)
 
 
 def test_a_loss_that_explodes_names_the_step_and_keeps_the_checkpoints(folder, tmp_path):
@@ -184,21 +184,21 @@ def test_a_loss_that_explodes_names_the_step_and_keeps_the_checkpoints(folder, t
 
 
 def test_resume_continues_another_run_and_init_takes_its_weights(folder, tmp_path, whole):
-    continued = train.prepare(_config(folder, **{"train.steps": 14, "resume": str(whole.folder)}), tmp_path / "a")
+    continued = runs.prepare(_config(folder, **{"train.steps": 14, "resume": str(whole.folder)}), tmp_path / "a")
     train.train(continued)
     assert progress.read(continued.folder / "metrics.jsonl")[0]["step"] > 12
     with contextlib.suppress(train.Stopped):
         _train(folder, tmp_path / "b", stop=_after(0), **{"model.init": str(whole.folder)})
-    setup = train.prepare(_config(folder, **{"model.init": str(whole.folder)}), tmp_path / "b")
-    state, step = train.restore(setup, "last")
+    setup = runs.prepare(_config(folder, **{"model.init": str(whole.folder)}), tmp_path / "b")
+    state, step = runs.restore(setup, "last")
     assert step == 0
-    expected = train.restore(whole, "last")[0].params
+    expected = runs.restore(whole, "last")[0].params
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), state.params, expected))
 
 
 def test_replicas_are_trained_together_and_studied_apart(folder, tmp_path):
     setup = _train(folder, tmp_path, replicas=2)
-    subjects, _ = train.subjects(setup)
+    subjects, _ = runs.subjects(setup)
     assert list(subjects) == ["main.seed0", "main.seed1"]
     kernels = [jax.tree.leaves(subject.classifier.params)[0] for subject in subjects.values()]
     assert not np.array_equal(*kernels)
@@ -231,7 +231,7 @@ def test_mistakes_are_one_line(folder, tmp_path, flat, message):
 )
 def test_every_way_to_train_takes_steps(folder, tmp_path, flat):
     setup = _train(folder, tmp_path, **{"train.steps": 3}, **flat)
-    state, step = train.restore(setup, "last")
+    state, step = runs.restore(setup, "last")
     assert step == 3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 

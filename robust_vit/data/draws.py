@@ -21,7 +21,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def philox(counter: UInt64[np.ndarray, 4 * shape], key: UInt64[np.ndarray, 2 * shape]) -> np.ndarray:
+def philox(counter: UInt64[np.ndarray, " 4 *shape"], key: UInt64[np.ndarray, " 2 *shape"]) -> np.ndarray:
     """Philox4x64-10 blocks `[4, *shape]`: four random words for each counter and key.
 
     Equals `numpy.random.Philox(key=key, counter=counter - 1).random_raw(4)` for every column: NumPy counts up before it
@@ -43,7 +43,7 @@ def philox(counter: UInt64[np.ndarray, 4 * shape], key: UInt64[np.ndarray, 2 * s
     return np.stack(np.broadcast_arrays(word0, word1, word2, word3))
 
 
-def words(rows: Int[np.ndarray, rows], *, seed: int, purpose: str, epochs: np.ndarray | int = 0, count: int = 1):
+def words(rows: Int[np.ndarray, " rows"], *, seed: int, purpose: str, epochs: np.ndarray | int = 0, count: int = 1):
     """Random words `uint64 [rows, count]`, a pure function of (seed, purpose, epoch, row) and of the column.
 
     Args:
@@ -66,12 +66,12 @@ def words(rows: Int[np.ndarray, rows], *, seed: int, purpose: str, epochs: np.nd
     return np.moveaxis(block, 0, -1).reshape(len(rows), 4 * blocks)[:, :count]
 
 
-def uniforms(rows: Int[np.ndarray, rows], **options) -> Float[np.ndarray, "rows count"]:
+def uniforms(rows: Int[np.ndarray, " rows"], **options) -> Float[np.ndarray, "rows count"]:
     """Uniform draws float64 `[rows, count]` in [0, 1); options as in `words`."""
     return (words(rows, **options) >> np.uint64(11)) * 2.0**-53
 
 
-def permutation(rows: Int[np.ndarray, rows], *, seed: int, epoch: int) -> np.ndarray:
+def permutation(rows: Int[np.ndarray, " rows"], *, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: positions into `rows`, sorted by a draw of each row.
 
     Sorting draws, rather than shuffling, keeps the order independent of the NumPy version; the order of a subset is the

@@ -1,0 +1,224 @@
+"""One run: its configuration made into data, model, objective and optimiser, and what comes back from its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from robust_vit import checkpoints, classifier, data, errors, files, mesh, models, objectives, settings, studies
+from robust_vit.training import optimizers, schedules
+from robust_vit.training import state as train_state
+from robust_vit.training import step as train_step
+
+PyTree = Any
+_logger = logging.getLogger(__name__)
+BEST_METRIC = "accuracy"  # On the validation split; decides which checkpoint is the best.
+IDENTITY_FILE = "training.json"  # The keys that decided what was trained.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything that a run is made of, before any compute is spent.
+
+    Attributes:
+      config: the resolved configuration of this run.
+      folder: `workdir/<run>`.
+      bundle: the data streams.
+      module: the Linen module.
+      spec: what the module expects of an image.
+      mesh: the devices.
+      schedule: learning rate by step.
+      optimizer: the Optax transformation.
+      steps: length of training.
+      replicas: seeds trained at once, or None for one.
+    """
+
+    config: ml_collections.ConfigDict
+    folder: pathlib.Path
+    bundle: data.Bundle
+    module: Any
+    spec: classifier.ImageSpec
+    mesh: Mesh
+    schedule: Callable
+    optimizer: Any
+    steps: int
+    replicas: int | None
+
+    def fresh_state(self) -> train_state.TrainState:
+        """Initial parameters and optimiser state, compiled as one program; `replicas` seeds of them where asked."""
+        return _fresh_state(
+            self.module, self.spec, _HashedById(self.optimizer), self._metrics(), self._average(), self.keys("init")
+        )
+
+    def abstract_state(self) -> PyTree:
+        """The shapes of the state, without compute."""
+        shapes = jax.eval_shape(self.fresh_state)
+        sharding = mesh.replicated(self.mesh)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+    def keys(self, purpose: str) -> jax.Array:
+        """The key of a purpose: one, or one for each replica."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), ("init", "train").index(purpose))
+        if self.replicas is None:
+            return key
+        return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(self.replicas))
+
+    def objective(self) -> train_step.Objective:
+        """What is minimised."""
+        options = self.config.objective.to_dict()
+        return objectives.build(options.pop("name"), self.module, self.spec, **options)
+
+    def classifier(self, state: train_state.TrainState, replica: int = 0) -> classifier.Classifier:
+        """The trained model, the moving average of its parameters where one is kept."""
+        variables = train_state.variables(state)
+        if self.replicas is not None:
+            variables = train_state.replica(variables, replica)
+        return classifier.Classifier(variables=variables, module=self.module, spec=self.spec)
+
+    def _metrics(self) -> tuple[str, ...]:
+        return (*self.objective().metrics, *train_step.STEP_METRICS)
+
+    def _average(self) -> bool:
+        return self.config.train.average_decay is not None
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name: str = "main") -> Setup:
+    """Opens the data and builds the model of one run; refuses what cannot work before any compute is spent.
+
+    Args:
+      config: a resolved configuration (`settings.resolve`).
+      workdir: where all runs live.
+      name: of this run.
+
+    Raises:
+      errors.UserError: unknown names, data that is not there, a workdir that was trained with another configuration.
+    """
+    settings.check_names(config)
+    folder = pathlib.Path(workdir) / name
+    _check_workdir(config, folder)
+    settings.build_studies(config)
+    bundle = data.load({**config.data.to_dict(), "seed": config.seed})
+    options = config.model.to_dict()
+    for key in ("init", "init_reset"):
+        options.pop(key, None)
+    module = models.build(options.pop("name"), num_classes=bundle.num_classes, **options)
+    steps = config.train.steps or max(round(config.train.epochs * bundle.train.steps_per_epoch), 1)
+    optimizer_options = config.optimizer.to_dict()
+    schedule = schedules.build(
+        optimizer_options.pop("schedule"),
+        peak=optimizer_options.pop("learning_rate"),
+        steps=steps,
+        warmup=min(int(optimizer_options.pop("warmup_epochs") * bundle.train.steps_per_epoch), steps // 2),
+        final=optimizer_options.pop("final"),
+        boundaries=optimizer_options.pop("boundaries"),
+        factor=optimizer_options.pop("factor"),
+    )
+    optimizer = optimizers.build(optimizer_options.pop("name"), learning_rate=schedule, **optimizer_options)
+    devices = mesh.make()
+    mesh.check_batch(devices, config.data.batch, name="data.batch")
+    mesh.check_batch(devices, config.data.eval_batch, name="data.eval_batch")
+    if config.data.batch % config.train.accumulate:
+        raise errors.UserError(
+            f"train.accumulate={config.train.accumulate} does not divide data.batch={config.data.batch}: choose a divisor."
+        )
+    replicas = config.replicas if config.replicas > 1 else None
+    return Setup(config, folder, bundle, module, bundle.spec, devices, schedule, optimizer, steps, replicas)
+
+
+def restore(setup: Setup, which: str) -> tuple[train_state.TrainState, int]:
+    """The state of a finished or unfinished run and its step.
+
+    Args:
+      setup: what `prepare` returned.
+      which: "best" on the validation split, or "last".
+
+    Raises:
+      errors.UserError: there is no checkpoint.
+    """
+    keeper = checkpoints.Checkpoints(setup.folder / "checkpoints", keep=setup.config.checkpoint.keep, best=BEST_METRIC)
+    with contextlib.closing(keeper):
+        step = keeper.best_step() if which == "best" else None
+        damage = None if step is None else checkpoints.find_damage(setup.folder / "checkpoints" / str(step))
+        if damage is not None:
+            _logger.warning(
+                "the best checkpoint, of step %d, is damaged (%s): taking the newest intact one", step, damage
+            )
+            step = None
+        restored = keeper.restore(setup.abstract_state(), step=step)
+    if restored is None:
+        raise errors.UserError(f"no checkpoint in {setup.folder / 'checkpoints'}: train the run first.")
+    return restored.state, restored.step
+
+
+def subjects(setup: Setup) -> tuple[dict[str, studies.Subject], int]:
+    """What studies look at: the trained model with its data, one entry for each replica, and the step of its checkpoint."""
+    config = setup.config
+    state, step = restore(setup, config.study_step)
+    found = {}
+    for replica in range(setup.replicas or 1):
+        name = setup.folder.name if setup.replicas is None else f"{setup.folder.name}.seed{replica}"
+        found[name] = studies.Subject(
+            classifier=setup.classifier(state, replica),
+            test=setup.bundle.test,
+            validation=setup.bundle.validation,
+            train=setup.bundle.train,
+            num_classes=setup.bundle.num_classes,
+            class_names=setup.bundle.class_names,
+            name=name,
+            image_source=setup.bundle.name,
+            threat=config.threat or None,
+            weight_decay=config.optimizer.weight_decay,
+            label_smoothing=config.objective.get("label_smoothing", 0.0),
+            seed=config.seed,
+        )
+    return found, step
+
+
+def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    path = folder / IDENTITY_FILE
+    if not path.exists():
+        return
+    stored = settings.flatten(files.read_json(path))
+    asked = settings.flatten(files.jsonable(settings.training_identity(config)))
+    differing = sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key))
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
+        raise errors.UserError(
+            f"{folder} was trained with {key}={stored.get(key)!r}, and {asked.get(key)!r} is asked for{more}: "
+            "choose another --workdir, or the old value."
+        )
+
+
+class _HashedById:
+    """An optimiser as a static argument: its functions are closures, equal only to themselves."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+
+    def __hash__(self) -> int:
+        return id(self.optimizer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HashedById) and other.optimizer is self.optimizer
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _fresh_state(module, spec, optimizer: _HashedById, metrics, average, keys) -> train_state.TrainState:
+    def one(key):
+        return train_state.create(models.init(module, spec, key), optimizer.optimizer, metrics=metrics, average=average)
+
+    if not keys.shape:
+        return one(keys)
+    states = jax.vmap(one)(keys)
+    return states._replace(step=states.step[0], window=states.window[0])
