@@ -74,18 +74,18 @@ def run_study(
     if reason:
         _logger.info("%s on %s is skipped: %s.", label, subject.name, reason.rstrip("."))
         shutil.rmtree(chunks, ignore_errors=True)
-        circumstances = _circumstances(asked, seconds=0.0, sessions=0, passes=(0, 0))
+        circumstances = _circumstances(asked, seconds=0.0, attempts=0, passes=(0, 0))
         results.write(
             directory, asked=asked, records=None, summary=None, card={}, provenance=circumstances, skipped=reason
         )
         return results.read(directory, study=study)
-    sessions = _open_chunks(chunks, asked, label)
+    attempts = _open_chunks(chunks, asked, label)
     seconds = _run_chunks(study, label, subject, chunks, stop)
     parts = [files.read_npz(_chunk(chunks, index)) for index in range(study.chunks(subject))]
     records = study_lib.merge([{key: part[key] for key in part if key != _SECONDS} for part in parts])
     summary = files.jsonable(study.summarise(records))
     card = files.jsonable(study.card(studies.Finding(asked["settings"], records, summary)))
-    circumstances = _circumstances(asked, seconds=seconds, sessions=sessions, passes=study.passes(subject))
+    circumstances = _circumstances(asked, seconds=seconds, attempts=attempts, passes=study.passes(subject))
     results.write(directory, asked=asked, records=records, summary=summary, card=card, provenance=circumstances)
     shutil.rmtree(chunks, ignore_errors=True)
     return results.read(directory, study=study)
@@ -234,9 +234,9 @@ def report_card(
 
 
 def _open_chunks(chunks: pathlib.Path, asked: Mapping[str, Any], label: str) -> int:
-    """Makes the chunk folder belong to `asked`, and returns how many sessions have worked on it."""
+    """Makes the chunk folder belong to `asked`, and returns how many attempts there have been."""
     journal = chunks / "asked.json"
-    sessions = 1
+    attempts = 1
     if journal.is_file():
         try:
             content = files.read_json(journal)
@@ -247,17 +247,17 @@ def _open_chunks(chunks: pathlib.Path, asked: Mapping[str, Any], label: str) -> 
             _logger.warning("%s: the unfinished chunks on disk are of other %s; starting anew.", label, difference)
             shutil.rmtree(chunks)
         else:
-            sessions = content["sessions"] + 1
+            attempts = content["attempts"] + 1
     elif chunks.exists():
         shutil.rmtree(chunks)
-    files.write_json(journal, {"asked": asked, "sessions": sessions})
-    return sessions
+    files.write_json(journal, {"asked": asked, "attempts": attempts})
+    return attempts
 
 
 def _run_chunks(
     study: studies.Study, label: str, subject: studies.Subject, chunks: pathlib.Path, stop: Callable[[], bool]
 ) -> float:
-    """Computes what is missing and returns the seconds that all chunks took, in all sessions."""
+    """Computes what is missing and returns the seconds that all chunks took, in all attempts."""
     count = study.chunks(subject)
     missing = [index for index in range(count) if not _is_whole(_chunk(chunks, index))]
     if len(missing) < count:
@@ -340,13 +340,13 @@ def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 
 def _circumstances(
-    asked: Mapping[str, Any], *, seconds: float, sessions: int, passes: tuple[int, int]
+    asked: Mapping[str, Any], *, seconds: float, attempts: int, passes: tuple[int, int]
 ) -> dict[str, Any]:
     return {
         **provenance.collect(),
         "data_fingerprint": asked["data"]["fingerprint"],
         "wall_seconds": round(seconds, 3),
-        "sessions": sessions,
+        "attempts": attempts,
         "passes_planned": {"forward": int(passes[0]), "backward": int(passes[1])},
     }
 

@@ -86,7 +86,7 @@ def test_records_are_merged_in_order(tmp_path):
     assert found.finding.summary["count"] == 18
     assert found.finding.summary["worst"] is None
     assert found.step == 7
-    assert found.provenance["sessions"] == 1
+    assert found.provenance["attempts"] == 1
     assert found.provenance["versions"]["jax"] == jax.__version__
     assert found.provenance["data_fingerprint"] == _subject().test.source.fingerprint
     assert not (tmp_path / "step_7" / "chunks").exists()
@@ -119,7 +119,7 @@ def test_killed_after_any_write_ends_with_the_same_bytes(tmp_path, monkeypatch, 
     found = evaluate.run_study(Tiny(), "tiny", _subject(), killed)
     assert _bytes(killed) == _bytes(whole)
     assert len(Tiny.computed) == 5 + (1 <= survived <= 5)  # Only the chunk whose write was cut off is computed twice.
-    assert found.provenance["sessions"] == (2 if survived else 1)
+    assert found.provenance["attempts"] == (2 if survived else 1)
     assert not (killed / "chunks").exists()
 
 

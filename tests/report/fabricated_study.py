@@ -113,7 +113,7 @@ def write(
         records=None if skipped else records,
         summary=None if skipped else summary,
         card={} if skipped else study.card(studies.Finding(study.settings(), records, summary)),
-        provenance={"data_fingerprint": data, "wall_seconds": 1.5, "versions": {"jax": "0.10.2"}, "sessions": 1},
+        provenance={"data_fingerprint": data, "wall_seconds": 1.5, "versions": {"jax": "0.10.2"}, "attempts": 1},
         skipped=skipped,
     )
     return directory
