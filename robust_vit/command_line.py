@@ -41,8 +41,8 @@ def configure_jax() -> None:
     import jax
 
     logger()
-    # Orbax and others narrate their work through absl at INFO.
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    # Orbax and TFDS narrate their work through absl; their failures are exceptions.
+    absl_logging.set_verbosity(absl_logging.ERROR)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compilation" / _processor()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
