@@ -1,11 +1,10 @@
 """ViT-B/16 on ImageNet from scratch.
 
-Paper:     Dosovitskiy et al. 2021 (arXiv 2010.11929); the recipe follows Steiner et al. 2022 (arXiv 2106.10270) as far as
-           this release has its parts: random resized crop and flip, no RandAugment and no mixup yet.
-Expected:  not measured by this project yet. Steiner et al. report 79.1 % top-1 for ViT-B/16 on ImageNet-1k alone at
-           300 epochs with strong augmentation; expect less without it.
-Hardware:  about 8.1e19 floating-point operations (3 x 17.6 GMAC x 2 a image, 1.28 M images, 300 epochs with remat off): about
-           three days on 8 accelerators of 100 TFLOP/s effective bfloat16.
+Paper:     Dosovitskiy et al. 2021 (arXiv 2010.11929): the model. The recipe is plain: random resized crop and flip, AdamW,
+           cosine, stochastic depth, label smoothing; RandAugment and mixup are not part of this release.
+Expected:  not measured by this project yet.
+Hardware:  4.1e19 floating-point operations (3 passes of 35 GFLOP an image, 1.28 M images, 300 epochs): about 14 hours on 8
+           accelerators of 100 TFLOP/s effective bfloat16.
 Command:   python -m robust_vit.main --config=configs/vit_b16.py --workdir=runs/vit_b16 --config.data.data_dir=/data/tfds
            After the colon: cifar10, fashion_mnist, textured_shapes or folder=PATH choose the data; smoke shrinks everything.
 """

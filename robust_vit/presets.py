@@ -77,14 +77,7 @@ def shrink(config: ml_collections.ConfigDict) -> None:
         config.optimizer.warmup_epochs = 0.0
         config.log_every = 2
         for entry in config.studies.values():
-            for key, value in {
-                "examples": 32,
-                "batch": 16,
-                "steps": 3,
-                "batches": 2,
-                "rank": 8,
-                "top": 2,
-                "exhibits": 4,
-            }.items():
+            small = {"examples": 32, "batch": 16, "steps": 3, "mini_batches": 2, "rank": 8, "exhibits": 4}
+            for key, value in small.items():
                 if key in entry and (entry[key] is None or entry[key] > value):
                     entry[key] = value

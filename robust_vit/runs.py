@@ -114,9 +114,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name
     module = models.build(options.pop("name"), num_classes=bundle.num_classes, **options)
     steps = config.train.steps or max(round(config.train.epochs * bundle.train.steps_per_epoch), 1)
     optimizer_options = config.optimizer.to_dict()
+    reference_batch = optimizer_options.pop("reference_batch") or config.data.batch
     schedule = schedules.build(
         optimizer_options.pop("schedule"),
-        peak=optimizer_options.pop("learning_rate"),
+        peak=optimizer_options.pop("learning_rate") * config.data.batch / reference_batch,
         steps=steps,
         warmup=min(int(optimizer_options.pop("warmup_epochs") * bundle.train.steps_per_epoch), steps // 2),
         final=optimizer_options.pop("final"),

@@ -70,6 +70,9 @@ def default() -> ml_collections.ConfigDict:
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"  # adamw, sgd, lamb, sam.
     config.optimizer.learning_rate = 1e-3  # The peak.
+    config.optimizer.reference_batch = ml_collections.config_dict.placeholder(
+        int
+    )  # That peak is for this batch, else scaled.
     config.optimizer.schedule = "cosine"  # cosine, linear, step, constant.
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.final = 0.0  # Learning rate at the end, as a share of the peak.

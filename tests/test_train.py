@@ -236,6 +236,11 @@ def test_every_way_to_train_takes_steps(folder, tmp_path, flat):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+def test_the_learning_rate_scales_with_the_batch_from_its_reference(folder, tmp_path):
+    setup = runs.prepare(_config(folder, **{"optimizer.reference_batch": 8, "optimizer.warmup_epochs": 0.0}), tmp_path)
+    assert float(setup.schedule(0)) == pytest.approx(3e-3 * 16 / 8)
+
+
 def test_a_profile_window_writes_a_trace(folder, tmp_path):
     setup = _train(folder, tmp_path, **{"train.steps": 4, "profile.start": 2, "profile.steps": 1})
     assert list((setup.folder / "profile").rglob("*.xplane.pb"))
