@@ -19,14 +19,14 @@ from robust_vit.training import optimizers, state, step
 class LeastSquares:
     """Mean squared error of a linear model; counts its traces."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "draw")
     traces: ClassVar[list[Any]] = []
 
     def __call__(self, params, model_state, batch, key):
         self.traces.append(key)
-        noise = 0.0 * jax.random.normal(key, ())
-        loss = jnp.mean((batch["image"] @ params["kernel"] - batch["label"]) ** 2) + noise
-        return loss, (model_state, {"loss": loss})
+        draw = jax.random.normal(key, ())
+        loss = jnp.mean((batch["image"] @ params["kernel"] - batch["label"]) ** 2)
+        return loss, (model_state, {"loss": loss, "draw": draw})
 
 
 def _problem(seed=0):
@@ -40,7 +40,10 @@ def _problem(seed=0):
 
 def _fresh(variables, optimizer, average=False):
     return state.create(
-        jax.tree.map(jnp.copy, variables), optimizer, metrics=("loss", *step.STEP_METRICS), average=average
+        jax.tree.map(jnp.copy, variables),
+        optimizer,
+        metrics=(*LeastSquares.metrics, *step.STEP_METRICS),
+        average=average,
     )
 
 
@@ -126,6 +129,20 @@ def test_a_step_is_traced_once():
     for seed in range(3):
         current = function(current, batch, jax.random.key(seed))
     assert LeastSquares.traces == []
+
+
+def test_each_step_has_draws_of_its_own_that_depend_on_key_and_step_alone():
+    variables, batch = _problem()
+    optimizer = optimizers.build("sgd", learning_rate=0.1)
+    function = step.compile_step(step.build(LeastSquares(), optimizer))
+
+    def draw(count, seed):
+        fresh = _fresh(variables, optimizer)._replace(step=jnp.int32(count))
+        return float(function(fresh, batch, jax.random.key(seed)).sums["draw"])
+
+    draws = [draw(0, 0), draw(1, 0), draw(2, 0), draw(0, 1)]
+    assert len(set(draws)) == 4
+    assert draw(1, 0) == draws[1]
 
 
 def test_sums_start_anew_after_a_log_line():
