@@ -28,7 +28,7 @@ setuptools.setup(
         "clu>=0.0.12",
         "grain>=0.2.18",
         "array_record>=0.8.1",
-        "importlib_resources",  # tensorflow-datasets needs it and does not say so.
+        "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not say so.
         "absl-py>=2.1",
         "numpy>=2.0",
         "scipy>=1.14",
