@@ -19,7 +19,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["robust_vit", "robust_vit.*"]),
     package_data={"robust_vit": ["py.typed", "report/*.j2", "report/*.css"]},
     install_requires=[
-        "jax>=0.10.0,<0.13",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12.8",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
@@ -27,7 +27,7 @@ setuptools.setup(
         "ml-collections>=1.0.0",
         "clu>=0.0.12",
         "grain>=0.2.18",
-        "array_record>=0.8.1",
+        "array_record>=0.8.6",
         "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not say so.
         "absl-py>=2.1",
         "numpy>=2.0",

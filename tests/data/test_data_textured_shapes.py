@@ -475,14 +475,3 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.UserError, match=r"is no folder: set data\.data_dir"):
         data.open_source("textured_shapes", data_dir=tmp_path / "file", **SMALL)
-
-
-@pytest.mark.slow
-def test_ten_thousand_images_take_less_than_twenty_seconds(tmp_path):
-    """Measured on two busy cores: 5 s at 32 px, 16 s at 64 px."""
-    for size in rendering.SIZES:
-        begin = time.perf_counter()
-        textured_shapes.prepare(
-            _recipe("aligned", size=size, train_examples=9000, test_examples=1000), data_dir=tmp_path
-        )
-        assert time.perf_counter() - begin < 20
