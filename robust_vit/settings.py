@@ -18,7 +18,9 @@ from robust_vit import errors, models, registry, studies
 from robust_vit.training import optimizers, schedules
 
 # Keys that do not change what is trained: a workdir may be continued with other values of them.
-FREE_KEYS = ("studies", "threat", "runs", "log_every", "profile", "checkpoint", "study_step", "resume")
+FREE_KEYS = (
+    "studies", "threat", "runs", "log_every", "profile", "checkpoint", "study_step", "resume", "sharding", "sharding_rules",
+)  # fmt: skip
 FREE_DATA_KEYS = ("data_dir", "test_split", "test_limit", "eval_batch", "cache", "workers")
 
 _TYPES = {"tuple": tuple, "int": int, "float": float, "str": str, "bool": bool}
@@ -34,6 +36,9 @@ def default() -> ml_collections.ConfigDict:
     config.study_step = "best"  # Which checkpoint studies read: "best" on the validation split, or "last".
     config.resume = ""  # Run folder whose newest checkpoint this run starts from, where it has none of its own.
     config.log_every = 50  # Steps.
+    # Where parameters live: "data" (whole on every device), "fsdp" (split over all), "fsdp=N" (split over groups of N).
+    config.sharding = "data"
+    config.sharding_rules = ()  # Pairs (pattern, axis) that come before the default, see `mesh.Rules`.
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "textured_shapes/aligned"  # TFDS name or folder, "textured_shapes/...", "folder=PATH".

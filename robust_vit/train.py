@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from robust_vit import checkpoints, classifier, errors, files, mesh, progress, runs, settings, trees
+from robust_vit import checkpoints, classifier, errors, files, mesh, processes, progress, runs, settings, trees
 from robust_vit.metrics import streaming
 from robust_vit.models import weights
 from robust_vit.training import optimizers
@@ -35,14 +35,15 @@ def train(setup: runs.Setup, *, stop: Callable[[], bool] = lambda: False) -> Non
 
     Args:
       setup: what `prepare` returned.
-      stop: polled before each step; True saves and raises `Stopped`.
+      stop: polled before each step, by every process alike; True saves and raises `Stopped`.
 
     Raises:
       Stopped: the state is saved; the same call goes on.
       errors.UserError: a metric became non-finite (naming the step and the metric), no space is left.
     """
     config = setup.config
-    files.write_json(setup.folder / runs.IDENTITY_FILE, settings.training_identity(config))
+    if processes.is_first():
+        files.write_json(setup.folder / runs.IDENTITY_FILE, settings.training_identity(config))
     keeper = checkpoints.Checkpoints(setup.folder / "checkpoints", keep=config.checkpoint.keep, best=runs.BEST_METRIC)
     with contextlib.closing(keeper):
         state = _starting_state(setup, keeper)
@@ -65,10 +66,13 @@ def _loop(
 ) -> None:
     config = setup.config
     step_function = _compiled_step(setup)
+    reset_sums = jax.jit(train_state.reset_sums, donate_argnums=0, out_shardings=setup.state_sharding())
     keys = setup.keys("train")
     every = max(round(config.checkpoint.every_epochs * setup.bundle.train.steps_per_epoch), 1)
     trace = progress.Trace(setup.folder / "profile", start=start + config.profile.start, steps=config.profile.steps)
-    batches = setup.bundle.train.iterate(start)
+    batches = setup.bundle.train.of_process(jax.process_index(), jax.process_count()).iterate(start)
+    # Collectives between CPU processes may hang when steps pile up (measured with several devices a process).
+    wait = processes.several() and jax.default_backend() == "cpu"
     _logger.info("%s: the first step compiles; that can take a minute", setup.folder.name)
     with (
         contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext(),
@@ -85,12 +89,14 @@ def _loop(
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 images = {"image": batch["image"], "label": batch["label"]}
                 state = step_function(state, mesh.put_batch(setup.mesh, images), keys)
+                if wait:
+                    jax.block_until_ready(state)
             last = step == setup.steps
             if step % config.log_every == 0 or last or step == start + 1:
                 _check_finite(state)
             if step % config.log_every == 0 or last:
                 log.train(step, _means(state), learning_rate=float(setup.schedule(step - 1)))
-                state = train_state.reset_sums(state)
+                state = reset_sums(state)
             if step % every == 0 or last:
                 _check_finite(state)
                 metrics = validate(setup, state)
@@ -109,7 +115,7 @@ def validate(setup: runs.Setup, state: train_state.TrainState) -> dict[str, Any]
     variables = train_state.variables(state)
     replicas = range(setup.replicas) if setup.replicas else (None,)
     totals: list[streaming.Sums | None] = [None] * len(replicas)
-    for batch in setup.bundle.validation.iterate():
+    for batch in setup.bundle.validation.of_process(jax.process_index(), jax.process_count()).iterate():
         batch = mesh.put_batch(setup.mesh, {name: batch[name] for name in ("image", "label", "mask")})
         for index, replica in enumerate(replicas):
             chosen = variables if replica is None else train_state.replica(variables, replica)
@@ -138,7 +144,7 @@ def _compiled_step(setup: runs.Setup) -> Callable:
     return train_step.compile_step(
         step,
         replicas=setup.replicas,
-        state_sharding=mesh.replicated(setup.mesh),
+        state_sharding=setup.state_sharding(),
         batch_sharding=mesh.batched(setup.mesh),
     )
 
@@ -148,9 +154,9 @@ def _starting_state(setup: runs.Setup, keeper: checkpoints.Checkpoints) -> train
     restored = keeper.restore(setup.abstract_state())
     if restored is None and config.resume:
         folder = pathlib.Path(config.resume) / "checkpoints"
-        if not checkpoints.steps(folder):
-            raise errors.UserError(f"resume={config.resume}: no checkpoint in {folder}; give the folder of a run.")
         restored = checkpoints.restore(folder, setup.abstract_state())
+        if restored is None:
+            raise errors.UserError(f"resume={config.resume}: no checkpoint in {folder}; give the folder of a run.")
     if restored is not None:
         _logger.info("%s: going on from step %d of %d", setup.folder.name, restored.step, setup.steps)
         return restored.state
@@ -163,7 +169,7 @@ def _starting_state(setup: runs.Setup, keeper: checkpoints.Checkpoints) -> train
             state = state._replace(average=jax.tree.map(lambda leaf: leaf.copy(), state.params))
     overview = parameter_overview.count_parameters(state.params) // (setup.replicas or 1)
     _logger.info("%s: %s parameters, %d steps", setup.folder.name, f"{overview:,}", setup.steps)
-    return mesh.put_replicated(setup.mesh, state)
+    return mesh.put(state, setup.state_sharding())
 
 
 def _load_variables(path: str, setup: runs.Setup, state: train_state.TrainState) -> PyTree:

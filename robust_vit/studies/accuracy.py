@@ -54,7 +54,7 @@ class Accuracy(study.Study):
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Label, prediction, confidence, rank of the true class, loss, Brier score and margin of each image."""
-        logits, real = forward.logits(subject.classifier, self._stream(subject).batch(index))
+        logits, real = forward.logits(subject, self._stream(subject).batch(index))
         labels = real["label"].astype(np.int32)
         records = {
             "row": real["row"].astype(np.int32),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
-from robust_vit import attacks, errors, tables
+from robust_vit import attacks, errors, mesh, tables
 from robust_vit.metrics import classification, statistics
 from robust_vit.studies import attack_figures, forward, study
 
@@ -137,7 +137,7 @@ class AttackCurve(study.Study):
         """For each image and attack: success, distance, loss and passes at every epsilon, the last one unbounded."""
         batch = self._stream(subject).batch(index)
         mask = np.asarray(batch["mask"], bool)
-        logits, real = forward.logits(subject.classifier, batch)
+        logits, real = forward.logits(subject, batch)
         labels = real["label"].astype(np.int32)
         norm, center, curve = self.conditions(subject)
         # A ball that holds all images: at this size only the box [0, 1] bounds the attack.
@@ -152,11 +152,11 @@ class AttackCurve(study.Study):
         }
         # Padding repeats the first row rather than whatever the stream pads with, so that the attack sees real pixels.
         chosen = np.where(mask, np.arange(len(mask)), np.flatnonzero(mask)[0])
-        images, given = jnp.asarray(batch["image"][chosen]), jnp.asarray(batch["label"][chosen], jnp.int32)
-        keys = attacks.example_keys(subject.seed, np.asarray(batch["row"])[chosen])
+        images, given = subject.put((batch["image"][chosen], np.asarray(batch["label"])[chosen].astype(np.int32)))
+        keys = attacks.example_keys(subject.seed, subject.put(np.asarray(batch["row"])[chosen].astype(np.uint32)))
         shown = min(self.exhibits, int(mask.sum())) if index == 0 else 0
         if index == 0:
-            again = forward.logits(subject.classifier, batch)[0]
+            again = forward.logits(subject, batch)[0]
             records["exhibit/deterministic"] = np.asarray([np.array_equal(logits, again)])
             records["exhibit/epsilons"] = curve
             records["exhibit/epsilon"] = np.asarray([center])
@@ -170,7 +170,7 @@ class AttackCurve(study.Study):
             for size in sizes:
                 # Epsilon is a leaf: one compilation serves the whole curve.
                 result = attack.replace(epsilon=np.float32(size))(subject.classifier, keys, images, given)
-                found.append(jax.device_get(result))
+                found.append(mesh.fetch(result))
                 if shown and size == center and name == self.attacks[-1]:
                     records["exhibit/adversarial"] = np.asarray(found[-1].images[:shown], np.float32)
                     records["exhibit/prediction"] = np.asarray(found[-1].prediction[:shown], np.int32)

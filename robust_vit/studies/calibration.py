@@ -71,7 +71,7 @@ class Calibration(study.Study):
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Label, prediction, confidence and loss of each image, before and after temperature scaling."""
-        logits, real = forward.logits(subject.classifier, self._stream(subject).batch(index))
+        logits, real = forward.logits(subject, self._stream(subject).batch(index))
         labels = real["label"].astype(np.int32)
         records = {
             "row": real["row"].astype(np.int32),

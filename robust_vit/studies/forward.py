@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_vit import errors
+from robust_vit import errors, mesh
 from robust_vit.metrics import calibration
 from robust_vit.studies import study
 
@@ -22,14 +22,14 @@ def _logits(classifier: Any, images: jax.Array) -> jax.Array:
     return classifier(images).astype(jnp.float32)
 
 
-def logits(classifier: Any, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def logits(subject: study.Subject, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Float32 logits of the real examples of a batch, and the batch without its padding.
 
     Raises:
       UserError: where a logit is not finite, or where the model gives probabilities: either would make wrong numbers.
     """
     mask = np.asarray(batch["mask"], bool)
-    values = np.asarray(_logits(classifier, batch["image"]))
+    values = mesh.fetch(_logits(subject.classifier, subject.put(batch["image"])))
     real = {name: np.asarray(value)[mask] for name, value in batch.items() if name != "mask"}
     if values.ndim != 2:
         raise errors.UserError(f"the model gives outputs of shape {values.shape}: expected logits [batch, classes].")
@@ -69,7 +69,7 @@ def temperature(subject: study.Subject, *, batch: int, limit: int | None) -> cal
     known = _temperatures.setdefault(subject, {})
     if (batch, limit) not in known:
         stream = subject.validation.with_batch(batch, limit=limit)
-        parts = [logits(subject.classifier, stream.batch(index)) for index in range(len(stream))]
+        parts = [logits(subject, stream.batch(index)) for index in range(len(stream))]
         values = np.concatenate([part for part, _ in parts])
         labels = np.concatenate([real["label"] for _, real in parts])
         known[batch, limit] = calibration.fit_temperature(values, labels)

@@ -116,7 +116,7 @@ class HessianSpectrum(study.Study):
         smoothing = subject.label_smoothing if self.label_smoothing is None else self.label_smoothing
         decay = subject.weight_decay if self.weight_decay is None else self.weight_decay
         loss = MeanLoss(float(smoothing))
-        inputs = {"image": jnp.asarray(batch["image"]), "label": jnp.asarray(batch["label"])}
+        inputs = subject.put({"image": batch["image"], "label": batch["label"]})
         operator = curvature.hessian(
             loss, classifier.params, inputs, classifier, microbatch=self.microbatch, weight_decay=float(decay)
         )

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from jax.sharding import Mesh
 from matplotlib import figure as matplotlib_figure
 
 from robust_vit import classifier as classifiers
 from robust_vit import errors, tables
+from robust_vit import mesh as meshes
 from robust_vit.metrics import statistics
 
 EXHIBIT = "exhibit/"
@@ -33,6 +35,7 @@ class Subject:
       weight_decay: the coefficient of the L2 term of the objective that the model was trained with.
       label_smoothing: share of the training target spread over all classes.
       seed: of every draw that a study makes.
+      mesh: the devices that share the work, or None for JAX's default device.
     """
 
     classifier: classifiers.Classifier | classifiers.Wrapped
@@ -47,6 +50,11 @@ class Subject:
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     seed: int = 0
+    mesh: Mesh | None = None
+
+    def put(self, arrays: Any) -> Any:
+        """Arrays `[examples, ...]` on the subject's devices, split over them; the same call on every process."""
+        return meshes.put_global(self.mesh, arrays)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
