@@ -127,7 +127,7 @@ class Rules:
             if not found:
                 examples = ", ".join(trees.paths(tree)[:3])
                 raise errors.UserError(
-                    f"sharding rule {pattern!r} matches no parameter that is left by the rules before it: paths look like {examples}."
+                    f"sharding rule {pattern!r} matches no parameter left by the rules before it; paths look like {examples}."
                 )
         return placed
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -120,13 +120,20 @@ class Setup:
         return states._replace(step=states.step[0], window=states.window[0])
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name: str = "main") -> Setup:
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path | str,
+    name: str = "main",
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Setup:
     """Opens the data and builds the model of one run; refuses what cannot work before any compute is spent.
 
     Args:
       config: a resolved configuration (`settings.resolve`).
       workdir: where all runs live.
       name: of this run.
+      devices: that share the work; None is all of them.
 
     Raises:
       errors.UserError: unknown names, data that is not there, a workdir that was trained with another configuration.
@@ -154,15 +161,15 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name
         factor=optimizer_options.pop("factor"),
     )
     optimizer = optimizers.build(optimizer_options.pop("name"), learning_rate=schedule, **optimizer_options)
-    devices = mesh.make(sharding=config.sharding)
-    mesh.check_batch(devices, config.data.batch, name="data.batch")
-    mesh.check_batch(devices, config.data.eval_batch, name="data.eval_batch")
+    shared = mesh.make(devices, sharding=config.sharding)
+    mesh.check_batch(shared, config.data.batch, name="data.batch")
+    mesh.check_batch(shared, config.data.eval_batch, name="data.eval_batch")
     if config.data.batch % config.train.accumulate:
         raise errors.UserError(
             f"train.accumulate={config.train.accumulate} does not divide data.batch={config.data.batch}: choose a divisor."
         )
     replicas = config.replicas if config.replicas > 1 else None
-    setup = Setup(config, folder, bundle, module, bundle.spec, devices, schedule, optimizer, steps, replicas)
+    setup = Setup(config, folder, bundle, module, bundle.spec, shared, schedule, optimizer, steps, replicas)
     setup.abstract_state()  # Refuses sharding rules that fit nothing.
     return setup
 
