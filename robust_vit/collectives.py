@@ -145,7 +145,7 @@ class _Module:
         iota = re.search(r"\breplica_groups=\[\d+,(\d+)\]<=", rest)
         if iota:
             return int(iota.group(1))
-        named = re.search(r"\breplica_groups=\w+\[([^\]]*)\] \{([^}]*)\}", rest)
+        named = re.search(r"\breplica_groups=\w+\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", rest)
         if named:
             axes = dict(re.findall(r"'([^']+)'=(\d+)", named.group(1)))
             return math.prod(int(axes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", named.group(2)))
@@ -175,9 +175,7 @@ def _parse(line: str) -> _Instruction:
     operation, _, rest = call.partition("(")
     close = _closing(f"({rest}") - 1
     operands = tuple(_NAME.findall(rest[:close]))
-    return _Instruction(
-        left.strip().removeprefix("ROOT ").lstrip("%"), shape, operation, operands, rest
-    )
+    return _Instruction(left.strip().removeprefix("ROOT ").lstrip("%"), shape, operation, operands, rest)
 
 
 def _closing(text: str) -> int:

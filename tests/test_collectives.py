@@ -37,6 +37,12 @@ GROUPS = "replica_groups={{0,1,2,3},{4,5,6,7}}"
             24576,
         ),
         (
+            "%g = f32[256,128]{1,0} all-gather(%p), replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) "
+            "{'axis_0'}, dimensions={0}, use_global_device_ids=true",
+            ("all-gather", 32768, 1, 4),
+            98304,
+        ),
+        (
             "%c = f32[64,128]{1,0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}",
             ("collective-permute", 32768, 1, 2),
             32768,
