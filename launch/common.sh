@@ -21,11 +21,8 @@ show_help() {
 # Whether the argument belongs to the program: there the launcher's own options end.
 is_program_flag() { [[ "$1" == -- || "$1" == --config=* || "$1" == --workdir=* ]]; }
 
-# Reads an option --name=value; fails with one line where the value is empty.
-value_of() {
-  [[ "$1" == *=?* ]] || fail "$1: expected ${1%%=*}=VALUE (--help explains)."
-  printf '%s' "${1#*=}"
-}
+# An option without its value says so before anything else is looked at.
+require_value() { [[ "$1" != --*= ]] || fail "$1: expected $1VALUE (--help explains)."; }
 
 unknown_option() { fail "unknown option $1; the launcher's options come before --config= (--help lists them)."; }
 
@@ -54,11 +51,14 @@ require_absolute_workdir() {
   [[ "$workdir" == /* ]] || fail "--workdir=$workdir: expected an absolute path; every machine has to find the same folder."
 }
 
-# Words that a shell reads back as they are.
+# Words that a shell reads back as they are, in single quotes where they need it.
 quoted() {
-  local text
-  printf -v text '%q ' "$@"
-  printf '%s' "${text% }"
+  local word words="" quote="'\\''"
+  for word in "$@"; do
+    [[ "$word" =~ ^[-A-Za-z0-9_./:=@%+,]+$ ]] || word="'${word//\'/$quote}'"
+    words+=" $word"
+  done
+  printf '%s' "${words# }"
 }
 
 # Runs a command, or prints it in a dry run.

@@ -22,12 +22,28 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 nodes=1 gpus_per_node=0 cpus_per_task="" retries=10 name=robust_vit
 while [[ $# -gt 0 ]] && ! is_program_flag "$1"; do
+  require_value "$1"
   case "$1" in
-    --nodes=*) nodes=$(value_of "$1") && require_positive --nodes "$nodes" ;;
-    --gpus_per_node=*) gpus_per_node=$(value_of "$1") && require_number --gpus_per_node "$gpus_per_node" ;;
-    --cpus_per_task=*) cpus_per_task=$(value_of "$1") && require_positive --cpus_per_task "$cpus_per_task" ;;
-    --retries=*) retries=$(value_of "$1") && require_number --retries "$retries" ;;
-    --name=*) name=$(value_of "$1") && [[ "$name" =~ ^[-_.A-Za-z0-9]+$ ]] || fail "$1: expected letters, digits, - _ and ." ;;
+    --nodes=*)
+      nodes=${1#*=}
+      require_positive --nodes "$nodes"
+      ;;
+    --gpus_per_node=*)
+      gpus_per_node=${1#*=}
+      require_number --gpus_per_node "$gpus_per_node"
+      ;;
+    --cpus_per_task=*)
+      cpus_per_task=${1#*=}
+      require_positive --cpus_per_task "$cpus_per_task"
+      ;;
+    --retries=*)
+      retries=${1#*=}
+      require_number --retries "$retries"
+      ;;
+    --name=*)
+      name=${1#*=}
+      [[ "$name" =~ ^[-_.A-Za-z0-9]+$ ]] || fail "$1: expected letters, digits, - _ and ."
+      ;;
     --dry_run) dry_run=yes ;;
     --help | -h) show_help ;;
     *) unknown_option "$1" ;;
