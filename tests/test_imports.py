@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_vit"
 FLOORS = {
-    1: "classifier losses loops plots mesh checkpoints trees errors files registry tables progress command_line processes collectives",
+    1: "classifier losses loops plots mesh collectives processes checkpoints trees errors files registry tables progress "
+    "command_line",
     2: "attacks corruptions curvature metrics models data",
     3: "training",
     4: "studies objectives",
