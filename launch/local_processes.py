@@ -33,7 +33,10 @@ POLL = 0.05  # Seconds between two looks at the processes.
 SETTLE = 2.0  # Seconds for the others to end by themselves after a crash: often all made the same mistake.
 TAIL = 20  # Lines of a failed process's log that are shown.
 # Reads process groups and kills them when this launcher dies, whatever killed it: then its end of the pipe closes.
-GUARD = 'while read -r word; do [ "$word" = done ] && exit; groups="$groups -$word"; done; kill -s KILL $groups'
+GUARD = """
+while read -r word; do [ "$word" = done ] && exit; groups="$groups $word"; done
+for group in $groups; do kill -KILL "-$group"; done
+"""
 
 
 @dataclasses.dataclass
