@@ -37,10 +37,11 @@ class Machine:
         path.chmod(0o755)
 
     def calls(self, *words: str) -> list[list[str]]:
-        """Every call so far that contains all of `words`, in order, each as the list of its arguments."""
+        """Every call so far of the program `words[0]` with all other `words` among its arguments, in order."""
         path = self.folder / "calls"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [call for call in map(shlex.split, lines) if set(words) <= set(call)]
+        calls = [shlex.split(line) for line in lines]
+        return [call for call in calls if call[:1] == list(words[:1]) or not words if set(words) <= set(call)]
 
     def start(self, *command: object, cwd: pathlib.Path = REPOSITORY, **variables: str) -> subprocess.Popen:
         """Starts a command in a process group of its own."""
