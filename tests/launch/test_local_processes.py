@@ -85,6 +85,7 @@ def _lives(pid: int) -> bool:
         ("crash,exit:2", 2),
         ("hang,exit:3", 3),
         ("stubborn,crash", 128 + signal.SIGABRT),
+        ("deaf,crash", 128 + signal.SIGABRT),
         ("parent,exit:2,stubborn", 2),
     ],
 )
