@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shlex
@@ -79,3 +80,24 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def processes(*files: pathlib.Path) -> list[int]:
+    """The process ids that a made-up program has written to files."""
+    return [int(pid) for path in files if path.exists() for pid in path.read_text(encoding="utf-8").split()]
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there, and not only its exit code."""
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def kill(*files: pathlib.Path) -> None:
+    """Kills whatever a failed test has left behind: the processes that are named in `files`."""
+    for pid in processes(*files):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -59,19 +59,12 @@ def job(machine, tmp_path):
         )
         return machine.start(sys.executable, LAUNCHER, *given, cwd=tmp_path)
 
-    return start
+    yield start
+    machines.kill(*(tmp_path / "w").glob("pid_*"))
 
 
 def _pids(folder: pathlib.Path) -> list[int]:
-    return [int(pid) for path in folder.glob("pid_*") for pid in path.read_text(encoding="utf-8").split()]
-
-
-def _lives(pid: int) -> bool:
-    try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+    return machines.processes(*folder.glob("pid_*"))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +85,7 @@ def _lives(pid: int) -> bool:
 def test_the_job_has_the_worst_meaningful_exit_code(job, tmp_path, config, code):
     done = machines.finish(job(config))
     assert done.returncode == code, done.stderr
-    assert not any(map(_lives, _pids(tmp_path / "w")))
+    assert not any(map(machines.lives, _pids(tmp_path / "w")))
 
 
 def test_the_end_of_the_log_of_the_process_that_crashed_is_shown(job, tmp_path):
@@ -148,16 +141,16 @@ def test_a_second_signal_kills(job, tmp_path):
     process = job("stubborn,hang")
     machines.until(lambda: len(_pids(tmp_path / "w")) == 2)
     process.send_signal(signal.SIGINT)
-    machines.until(lambda: sum(map(_lives, _pids(tmp_path / "w"))) == 1)
+    machines.until(lambda: sum(map(machines.lives, _pids(tmp_path / "w"))) == 1)
     process.send_signal(signal.SIGINT)
     assert machines.finish(process).returncode == 128 + signal.SIGKILL
-    assert not any(map(_lives, _pids(tmp_path / "w")))
+    assert not any(map(machines.lives, _pids(tmp_path / "w")))
 
 
 def test_who_stays_after_the_others_have_finished_is_killed_and_that_is_a_crash(job, tmp_path):
     done = machines.finish(job("exit:0,stubborn", "--seconds_to_save=0.5"))
     assert done.returncode == 128 + signal.SIGKILL
-    assert not any(map(_lives, _pids(tmp_path / "w")))
+    assert not any(map(machines.lives, _pids(tmp_path / "w")))
 
 
 def test_a_worker_that_is_killed_ends_the_job(job, tmp_path):
@@ -166,15 +159,15 @@ def test_a_worker_that_is_killed_ends_the_job(job, tmp_path):
     victim = int((tmp_path / "w" / "pid_1").read_text(encoding="utf-8").split()[0])
     os.kill(victim, signal.SIGKILL)
     assert machines.finish(process).returncode == 128 + signal.SIGKILL
-    assert not any(map(_lives, _pids(tmp_path / "w"))), "data workers of the dead process are ended too"
+    assert not any(map(machines.lives, _pids(tmp_path / "w"))), "data workers of the dead process are ended too"
 
 
 def test_nothing_outlives_a_launcher_that_is_killed(job, tmp_path):
     process = job("stubborn,parent")
     machines.until(lambda: len(_pids(tmp_path / "w")) == 3)
-    assert all(map(_lives, _pids(tmp_path / "w")))
+    assert all(map(machines.lives, _pids(tmp_path / "w")))
     os.kill(process.pid, signal.SIGKILL)
-    machines.until(lambda: not any(map(_lives, _pids(tmp_path / "w"))))
+    machines.until(lambda: not any(map(machines.lives, _pids(tmp_path / "w"))))
     machines.finish(process)
 
 

@@ -16,6 +16,7 @@ PROGRAM = ["--config=a", "--workdir=/mnt/shared/it's (new)"]
 TPU = ["--name=my-tpu", "--zone=us-east1-d"]
 # Stands in for the Python of a worker: ends with the next of the codes in ~/codes, or waits for SIGTERM where that is `wait`.
 PYTHON = """
+echo $$ >"$HOME/program"
 echo "process of $HOME: $ROBUST_VIT_DISTRIBUTED $*"
 printf '%q ' "$@" >>"$HOME/arguments"; echo >>"$HOME/arguments"
 code=$(head -n 1 "$HOME/codes"); sed -i 1d "$HOME/codes"
@@ -63,14 +64,7 @@ def cloud(machine):
     workers = [_worker(machine.folder / f"worker_{index}") for index in range(2)]
     yield machine
     for home in workers:
-        for name in ("robust_vit_job/pid", "child"):
-            if (home / name).exists():
-                with_group = -1 if name.endswith("pid") else 1
-                subprocess.run(
-                    ["kill", "-KILL", str(with_group * int((home / name).read_text()))],
-                    check=False,
-                    capture_output=True,
-                )
+        machines.kill(*(home / name for name in ("robust_vit_job/pid", "program", "child")))
 
 
 def _worker(home: pathlib.Path) -> pathlib.Path:
@@ -158,8 +152,11 @@ def test_sigterm_lets_the_program_of_a_worker_save_and_leaves_nothing(cloud):
     assert job.wait(machines.LIMIT) == 75
     assert "saved" in (home / "robust_vit_job" / "log").read_text(encoding="utf-8")
     assert list((cloud.folder / "bucket").iterdir()) == [], "a job that was stopped is not over"
-    with pytest.raises(ProcessLookupError):
-        machines.until(lambda: os.kill(int((home / "child").read_text(encoding="utf-8")), 0))
+    assert not any(
+        map(machines.lives, machines.processes(home / "child", home / "program", home / "robust_vit_job" / "pid"))
+    )
+    everywhere = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(home) not in everywhere, "neither does the watchdog that would have killed it"
 
 
 def test_a_job_runs_on_all_workers_and_its_exit_code_comes_back(cloud):
