@@ -33,7 +33,10 @@ POLL = 0.05  # Seconds between two looks at the processes.
 SETTLE = 2.0  # Seconds for the others to end by themselves after a crash: often all made the same mistake.
 TAIL = 20  # Lines of a failed process's log that are shown.
 # Reads process groups and kills them when this launcher dies, whatever killed it: then its end of the pipe closes.
-GUARD = 'while read -r word; do [ "$word" = done ] && exit; groups="$groups -$word"; done; kill -s KILL $groups'
+GUARD = """
+while read -r word; do [ "$word" = done ] && exit; groups="$groups $word"; done
+for group in $groups; do kill -KILL "-$group"; done
+"""
 
 
 @dataclasses.dataclass
@@ -96,8 +99,8 @@ class Job:
     def run(self) -> int:
         """Starts all processes, waits for all, and returns the exit code of the job."""
         self.options.log_folder.mkdir(parents=True, exist_ok=True)
-        for index, (variables, cores) in enumerate(plan(self.options)):
-            self._start(index, variables, cores)
+        for index, variables in enumerate(plan(self.options)):
+            self._start(index, variables)
         deadline, asked, crashed = float("inf"), 0, False
         while any(process.code() is None for process in self.processes):
             time.sleep(POLL)
@@ -122,25 +125,18 @@ class Job:
         self._show()
         return self._conclude()
 
-    def _start(self, index: int, variables: dict[str, str], cores: Sequence[int] | None) -> None:
+    def _start(self, index: int, variables: dict[str, str]) -> None:
         log = self.options.log_folder / f"process_{index}.log"
-        everywhere = os.sched_getaffinity(0) if cores else None
         with log.open("ab") as output:
             first = output.tell()
-            if cores:  # A child inherits the cores of who starts it, and XLA makes one thread for each.
-                os.sched_setaffinity(0, cores)
-            try:
-                popen = subprocess.Popen(
-                    command(self.options, self.arguments),
-                    env={**os.environ, **variables},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            finally:
-                if everywhere:
-                    os.sched_setaffinity(0, everywhere)
+            popen = subprocess.Popen(
+                command(self.options, self.arguments),
+                env={**os.environ, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.guard.stdin.write(f"{popen.pid}\n".encode())
         self.guard.stdin.flush()
         self.processes.append(Process(index, popen, log, first, first))
@@ -181,32 +177,25 @@ class Job:
         return codes[guilty]
 
 
-def plan(options: argparse.Namespace) -> list[tuple[dict[str, str], list[int] | None]]:
-    """What each process gets: the environment variables, and its cores (None: all of them).
+def plan(options: argparse.Namespace) -> list[dict[str, str]]:
+    """The environment variables of each process.
 
     Every call finds a new free port for the coordinator: the last one may be in use for a while after a crash.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    total = options.processes
-    pinned = options.pin and len(cores) >= total and total > 1
-    shares = [cores[i * len(cores) // total : (i + 1) * len(cores) // total] for i in range(total)]
-    return [
-        (
-            {
-                "ROBUST_VIT_COORDINATOR": f"127.0.0.1:{port}",
-                "ROBUST_VIT_PROCESSES": str(total),
-                "ROBUST_VIT_PROCESS": str(index),
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(options.devices_per_process),
-                "PYTHONUNBUFFERED": "1",
-            },
-            shares[index] if pinned else None,
-        )
-        for index in range(total)
-    ]
+    shared = {
+        "ROBUST_VIT_COORDINATOR": f"127.0.0.1:{port}",
+        "ROBUST_VIT_PROCESSES": str(options.processes),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(options.devices_per_process),
+        # XLA's threads: processes that each make one for every core get in each other's way. Giving each process cores
+        # of its own instead (taskset) was slower: the threads of the collectives then wait for those that compute.
+        "NPROC": str(options.threads or max(1, _cores() // options.processes)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return [{**shared, "ROBUST_VIT_PROCESS": str(index)} for index in range(options.processes)]
 
 
 def command(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:
@@ -226,12 +215,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--retries", type=_count, default=0, help="how often to start again after a crash or exit code 75 (default 0)")
     add("--log_folder", type=pathlib.Path, help="where process_N.log are appended to (default WORKDIR.logs)")
     add("--show", default="0", help="the process that is shown here, or all (default 0)")
-    add(
-        "--pin",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="give each its own cores, if there are enough",
-    )
+    add("--threads", type=_one_or_more, help="of XLA in each process (default: the cores shared out)")
     add("--seconds_to_save", type=float, default=300, help="from SIGTERM, or the first end, to SIGKILL (default 300)")
     add("--seconds_to_end", type=float, default=10, help="for the others after a crash, then SIGKILL (default 10)")
     add("--module", default="robust_vit.main", help="the program (default robust_vit.main)")
@@ -251,10 +235,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs the job, again where it may be, and returns its exit code."""
     options, arguments = parse(argv)
     if options.dry_run:
-        for variables, cores in plan(options):
-            pin = ["taskset", "--cpu-list", ",".join(map(str, cores))] if cores else []
-            words = [*pin, *command(options, arguments)]
-            print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(words))
+        for variables in plan(options):
+            words = [f"{name}={value}" for name, value in variables.items()]
+            print(shlex.join(["env", *words, *command(options, arguments)]))
         return 0
     stops: collections.deque = collections.deque()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -269,6 +252,10 @@ def main(argv: Sequence[str]) -> int:
     if code:
         _say(f"exit code {code}; logs: {options.log_folder}")
     return code
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Parser(argparse.ArgumentParser):

@@ -59,7 +59,7 @@ on_workers() {
 show_log() {
   local code=0
   on_workers 0 "bash robust_vit_job/code/launch/tpu_worker.sh follow" || code=$?
-  [[ "$code" -eq 0 ]] || say "exit code $code (255: the connection broke, and the job goes on; --logs shows it again)"
+  [[ "$code" -ne 255 ]] || say "the connection broke, the job goes on: --logs shows it again"
   return "$code"
 }
 

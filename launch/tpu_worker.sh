@@ -83,7 +83,8 @@ run_program() {
     wait "$program" && code=0 || code=$?
   done
   kill -KILL -- "-$program" 2>/dev/null || true # What it left behind: data workers.
-  program=""
+  [[ -z "$watchdog" ]] || kill -KILL -- "-$watchdog" 2>/dev/null || true
+  program="" watchdog=""
 }
 
 stop_program() {
@@ -91,6 +92,7 @@ stop_program() {
   [[ -n "$program" ]] || return 0
   kill -TERM "$program" 2>/dev/null || true
   (sleep "$SECONDS_TO_SAVE" && kill -KILL -- "-$program") 9>&- >/dev/null 2>&1 &
+  watchdog=$!
   disown
 }
 
@@ -126,7 +128,7 @@ run_job() {
   flock --nonblock 9 || fail "a job runs here already: stop it first (--stop)."
   echo $$ >"$home/pid"
   rm -f "$home/exit_code"
-  stopping="" program="" code=1
+  stopping="" program="" watchdog="" code=1
   local crashes=0
   trap 'echo "$code" >"$home/exit_code"' EXIT
   trap stop_program TERM INT
