@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import threading
+from collections.abc import Sequence
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from robust_vit import errors
+from robust_vit.data import resampling, transforms
 
 _logger = logging.getLogger(__name__)
 
 ON_MODE = ("error", "convert")
 ON_BAD_IMAGE = ("raise", "skip")
 BAD_FRACTION = 0.01
+_JPEG = b"\xff\xd8"
+_FACTORS = (2, 4, 8)  # Scales at which libjpeg-turbo's inverse cosine transform has vector code.
 
 
 class BadImage(errors.UserError):
     """An image that cannot be decoded; `on_bad_image="skip"` leaves it out."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """An image file in memory with its label.
+
+    Attributes:
+      content: the encoded bytes.
+      label: class.
+      row: identity of the example.
+      name: what to call the image in an error.
+      channels: see `decode`.
+      on_mode: see `decode`.
+    """
+
+    content: bytes
+    label: int
+    row: int
+    name: str
+    channels: int | None
+    on_mode: str
+
+    def decode(self) -> np.ndarray:
+        """All pixels; see `decode`."""
+        return decode(self.content, channels=self.channels, name=self.name, on_mode=self.on_mode)
+
+
 def decode(content: bytes, *, channels: int | None, name: str, on_mode: str = "error") -> np.ndarray:
     """Pixels uint8 `[height, width, channels]` of a JPEG, PNG or WebP. EXIF orientation is not applied.
+
+    The pixels are PIL's. A plain colour JPEG is decoded by libjpeg-turbo without PIL's copies, to the same bytes.
 
     Args:
       content: the encoded file.
@@ -36,6 +69,8 @@ def decode(content: bytes, *, channels: int | None, name: str, on_mode: str = "e
       BadImage: truncated or not an image.
       errors.UserError: another number of channels, with `on_mode="error"`.
     """
+    if (pixels := _colour_jpeg(content, channels)) is not None:
+        return pixels
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -45,6 +80,38 @@ def decode(content: bytes, *, channels: int | None, name: str, on_mode: str = "e
             "to go on without it."
         ) from error
     return to_channels(image, channels=channels, name=name, on_mode=on_mode)
+
+
+def decode_window(encoded: Encoded, window: transforms.Window, uniforms: Sequence[float]) -> np.ndarray:
+    """A random rectangle of an image at `window.size`, uint8 `[size, size, channels]`.
+
+    As `decode`, a crop and `resampling.fast`; but a JPEG whose rectangle has at least twice `window.size` on both sides is
+    decoded at 1/2, 1/4 or 1/8 of its size, inside the inverse cosine transform, and resized from there.
+
+    Args:
+      encoded: the image.
+      window: which rectangle, and the size.
+      uniforms: the draws of the rectangle.
+
+    Raises:
+      BadImage, errors.UserError: as `decode`.
+    """
+    size = (window.size, window.size)
+    header = _plain_header(encoded.content, encoded.channels)
+    if header is not None:
+        top, left, height, width = window.box(*header, uniforms)
+        factor = max((factor for factor in _FACTORS if min(height, width) >= factor * window.size), default=1)
+        if factor > 1:
+            least = [-(-side // factor) for side in header]
+            pixels = _colour_jpeg(encoded.content, encoded.channels, least)
+            if pixels is not None and pixels.shape[:2] == tuple(least):
+                first, second = top // factor, left // factor
+                last = [-(-(top + height) // factor), -(-(left + width) // factor)]
+                box = (top / factor - first, left / factor - second, height / factor, width / factor)
+                return resampling.fast(pixels[first : last[0], second : last[1]], size, window.filter, box)
+    pixels = encoded.decode()
+    top, left, height, width = window.box(*pixels.shape[:2], uniforms)
+    return resampling.fast(pixels[top : top + height, left : left + width], size, window.filter)
 
 
 def to_channels(image: Image.Image, *, channels: int | None, name: str, on_mode: str) -> np.ndarray:
@@ -106,6 +173,30 @@ class Tally:
                 f"{count} of the {self._total} images of {self._name} cannot be decoded, more than "
                 f"{BAD_FRACTION:.0%}, the last of them {str(error).split(' cannot be decoded')[0]}: mend the data set."
             )
+
+
+def _plain_header(content: bytes, channels: int | None) -> tuple[int, int] | None:
+    """Height and width of a colour JPEG; None for anything else or odd, which PIL judges."""
+    if content[:2] != _JPEG or channels == 1:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    # Other colour spaces (grey, CMYK, RGB by an Adobe marker) are PIL's to read.
+    return (height, width) if colours == "YCbCr" else None
+
+
+def _colour_jpeg(content: bytes, channels: int | None, least: Sequence[int] = (0, 0)) -> np.ndarray | None:
+    """Pixels of a sound colour JPEG, at the smallest scale with at least so many rows and columns; else None."""
+    if _plain_header(content, channels) is None:
+        return None
+    try:
+        return simplejpeg.decode_jpeg(
+            content, min_height=least[0], min_width=least[1], min_factor=2 if any(least) else 1
+        )
+    except ValueError:  # Warnings too: PIL decides whether such a file is good.
+        return None
 
 
 def _one_line(error: Exception) -> str:

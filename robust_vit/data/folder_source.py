@@ -59,13 +59,28 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.root / self.paths[index]
+        encoded = self._encoded(index)
+        return {"image": encoded.decode(), "label": encoded.label, "row": encoded.row}
+
+    def read_encoded(self, indices: np.ndarray) -> list[decoding.Encoded | decoding.BadImage]:
+        """Files at several positions, undecoded; an unreadable one comes as its error."""
+        results = []
+        for index in indices:
+            try:
+                results.append(self._encoded(int(index)))
+            except decoding.BadImage as error:
+                results.append(error)
+        return results
+
+    def _encoded(self, index: int) -> decoding.Encoded:
+        path = str(self.root / self.paths[index])
         try:
-            content = path.read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                content = file.read()
         except OSError as error:
             raise decoding.BadImage(f"{path} cannot be decoded ({error.strerror}): restore the file.") from error
-        image = decoding.decode(content, channels=self.shape[2], name=str(path), on_mode=self._on_mode)
-        return {"image": image, "label": int(self.labels[index]), "row": int(self.rows[index])}
+        label, row = int(self.labels[index]), int(self.rows[index])
+        return decoding.Encoded(content, label, row, path, self.shape[2], self._on_mode)
 
 
 def from_folder(

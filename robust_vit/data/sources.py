@@ -50,10 +50,26 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def read_many(source: Source, indices: np.ndarray) -> list[dict[str, Any] | decoding.BadImage]:
-    """Examples at several positions; an undecodable one comes as its error. Only "image" need be decoded."""
+def read_many(source: Source, indices: np.ndarray, *, whole: bool = True) -> list[dict[str, Any] | decoding.BadImage]:
+    """Examples at several positions; an undecodable one comes as its error.
+
+    Args:
+      source: where from.
+      indices: positions.
+      whole: False for "image", "label" and "row" only, which is faster.
+    """
     if isinstance(source, Subset):
-        return read_many(source.source, source.indices[indices])
+        return read_many(source.source, source.indices[indices], whole=whole)
+    if not whole and is_encoded(source):
+        results: list[dict[str, Any] | decoding.BadImage] = []
+        for encoded in read_encoded(source, indices):
+            try:
+                if isinstance(encoded, decoding.BadImage):
+                    raise encoded
+                results.append({"image": encoded.decode(), "label": encoded.label, "row": encoded.row})
+            except decoding.BadImage as error:
+                results.append(error)
+        return results
     if hasattr(source, "read_many"):
         return source.read_many(indices)
     results = []
@@ -63,6 +79,26 @@ def read_many(source: Source, indices: np.ndarray) -> list[dict[str, Any] | deco
         except decoding.BadImage as error:
             results.append(error)
     return results
+
+
+def read_encoded(source: Source, indices: np.ndarray) -> list[decoding.Encoded | decoding.BadImage]:
+    """Undecoded images at several positions, of a source that `is_encoded`."""
+    if isinstance(source, Subset):
+        return read_encoded(source.source, source.indices[indices])
+    return source.read_encoded(indices)
+
+
+def is_encoded(source: Source) -> bool:
+    """Whether images are stored as files (JPEG, PNG, ...) that the source hands out undecoded."""
+    return is_encoded(source.source) if isinstance(source, Subset) else hasattr(source, "read_encoded")
+
+
+def arrays_of(source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """All images uint8, all labels, and the positions in them of the source's examples, where they lie in memory already."""
+    if isinstance(source, Subset):
+        found = arrays_of(source.source)
+        return found and (found[0], found[1], found[2][source.indices])
+    return (source.images, source.labels, np.arange(len(source))) if isinstance(source, ArraySource) else None
 
 
 class ArraySource:

@@ -6,18 +6,20 @@ import copy
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from robust_vit import errors
-from robust_vit.data import draws, memory, sources, transforms
+from robust_vit.data import draws, memory, prefetch, resident, sources, transforms
 
-Batch = dict[str, np.ndarray]
+Batch = prefetch.Batch
 
+# What "image" of a batch may be: canonical pixels in [0, 1], or the bytes that they are made from.
+PIXELS = {"float32": np.float32, "uint8": np.uint8}
 _CHUNK = 1024  # Positions whose order and draws are computed together.
-_UNIT = 32  # Images that one reading thread decodes at a time.
 _ENDLESS = 2**40
 
 
@@ -54,10 +56,17 @@ class TrainingStream:
         self._local, self._offset = _slice_of(batch, shard)
         self._augment = transforms.parse_all(augment)
         fixed = transforms.parse_all(preprocess)
-        if self._augment and self._augment[0].name == "random_resized_crop":
-            fixed = ()
-        self._images = memory.Images(source, fixed, cache=cache, extras=extras, workers=_threads(workers))
         self._threads = _threads(workers)
+        self._cache = cache
+        self._window = self._augment[0] if self._augment and self._augment[0].window is not None else None
+        self._images = memory.Images(
+            source,
+            () if self._window else fixed,
+            cache=cache,
+            extras=extras,
+            workers=self._threads,
+            window=self._window,
+        )
         self._plan = functools.lru_cache(maxsize=32)(self._compute_plan)
         self._order = functools.lru_cache(maxsize=4)(
             lambda epoch: draws.permutation(self.source.rows, seed=self.seed, epoch=epoch)
@@ -71,12 +80,12 @@ class TrainingStream:
         """Global batches in one pass over the data, rounded up."""
         return math.ceil(len(self) / self.batch_size)
 
-    @property
+    @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the first image as delivered; decodes that one only."""
         image = self._images.peek()
         for transform in self._augment:
-            image = transform.apply(image, np.zeros(transform.draws)) if transform.draws else transform.apply(image)
+            image = transform(image, np.zeros(transform.draws))
         return image.shape
 
     def of_process(self, index: int, count: int) -> TrainingStream:
@@ -89,20 +98,47 @@ class TrainingStream:
         """The batch of a step: "image" float32 `[batch, height, width, channels]` in [0, 1], "label", "row" int32 `[batch]`,
         "mask" bool `[batch]` (all True). A pure function of (seed, step).
         """
-        start = step * self.batch_size + self._offset
-        return _finished(self._raw(np.arange(start, start + self._local)))
+        return _one_batch(self, step)
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """`batch(start_step)`, `batch(start_step + 1)`, ... without end, made ahead by reading threads."""
-        return _prefetched(
-            self._raw,
-            lambda step: step * self.batch_size + self._offset,
-            start=start_step,
-            steps=_ENDLESS,
-            local=self._local,
-            threads=1 if self._images.in_memory else self._threads,
-            whole=self._images.in_memory,
-        )
+    def iterate(self, start_step: int = 0, *, pixels: str = "float32") -> Iterator[Batch]:
+        """`batch(start_step)`, `batch(start_step + 1)`, ... without end, made ahead by reading threads.
+
+        Args:
+          start_step: the first.
+          pixels: "float32", or "uint8" for the bytes that canonical pixels are made from.
+        """
+        return _iterate(self, range(start_step, _ENDLESS), pixels)
+
+    def on_devices(self, devices: Mesh, start_step: int = 0) -> Iterator[dict[str, jax.Array]]:
+        """Global batches on the devices from a step on, without end: "image" float32 canonical pixels and "label", split over the
+        data axis; two of them are on their way while the caller computes. The values are those of `batch`.
+
+        Where all images are in memory and every transform has a device form (pad_crop, flip, none), they are put on each device
+        once and batches are made there: with `cache="device"`, and with "auto" on accelerators up to `resident.DEVICE_LIMIT`.
+
+        Raises:
+          errors.UserError: `cache="device"` and the images cannot stay there.
+        """
+        asked = self._cache == "device"
+        if asked or (self._cache == "auto" and devices.devices.flat[0].platform != "cpu"):
+            images = self._images.array()
+            if resident.fits(images, self._augment):
+                return resident.batches(images, self._decisions(start_step), self._augment, devices)
+            if asked:
+                raise errors.UserError(
+                    f"data.cache='device', but {self.source.name} cannot stay on the devices: images must have one size and at "
+                    f"most {resident.DEVICE_LIMIT:,} bytes, and data.augment only pad_crop and flip; use 'auto'."
+                )
+        return prefetch.on_devices(self.iterate(start_step, pixels="uint8"), devices)
+
+    def _decisions(self, start_step: int) -> Iterator[Batch]:
+        for step in range(start_step, _ENDLESS):
+            indices, uniforms = self._planned(step, slice(0, self._local))
+            found = self._images.find(indices)
+            plan = {"place": self._images.places(found.positions), "label": found.labels}
+            for index, (transform, drawn) in enumerate(zip(self._augment, uniforms, strict=True)):
+                plan[f"decision{index}"] = transform.batched.decide(drawn)
+            yield plan
 
     def _compute_plan(self, chunk: int) -> tuple[np.ndarray, list[np.ndarray]]:
         positions = np.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)
@@ -120,22 +156,37 @@ class TrainingStream:
         ]
         return indices, uniforms
 
-    def _raw(self, positions: np.ndarray) -> dict[str, Any]:
-        planned = []
-        for position in positions:
-            chunk, inside = divmod(int(position), _CHUNK)
+    @property
+    def _is_light(self) -> bool:
+        """Whether a batch is a few operations on arrays: cutting it up would cost more."""
+        return self._images.in_memory and all(transform.batched is not None for transform in self._augment)
+
+    def _planned(self, step: int, part: slice) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Positions in the source and the draws of each transform, for a part of this process's share of a batch."""
+        first = step * self.batch_size + self._offset + part.start
+        last = first + part.stop - part.start
+        pieces = []
+        for chunk in range(first // _CHUNK, (last - 1) // _CHUNK + 1):
+            begin = chunk * _CHUNK
+            inside = slice(max(first - begin, 0), min(last - begin, _CHUNK))
             indices, uniforms = self._plan(chunk)
-            planned.append((int(indices[inside]), [uniform[inside] for uniform in uniforms]))
-        images, labels, rows, extras = [], [], [], []
-        found = self._images.many([index for index, _ in planned])
-        for (_, image, label, row, extra), (_, uniforms) in zip(found, planned, strict=True):
-            for transform, uniform in zip(self._augment, uniforms, strict=True):
-                image = transform.apply(image, uniform) if transform.draws else transform.apply(image)
-            images.append(image)
-            labels.append(label)
-            rows.append(row)
-            extras.append(extra)
-        return _collated(images, labels, rows, [True] * len(rows), extras, self.source.name)
+            pieces.append((indices[inside], [uniform[inside] for uniform in uniforms]))
+        if len(pieces) == 1:
+            return pieces[0]
+        indices, uniforms = zip(*pieces, strict=True)
+        return np.concatenate(indices), [np.concatenate(drawn) for drawn in zip(*uniforms, strict=True)]
+
+    def _make(self, step: int, part: slice, out: np.ndarray | None) -> tuple[memory.Found, np.ndarray]:
+        indices, uniforms = self._planned(step, part)
+        if self._window is None:
+            found, rest = self._images.read(indices, out=out), self._augment
+        else:
+            found, rest = self._images.read(indices, uniforms[0], out), self._augment[1:]
+            uniforms = uniforms[1:]
+        images = found.images
+        for transform, drawn in zip(rest, uniforms, strict=True):
+            images = transforms.apply_to_batch(transform, images, drawn)
+        return found._replace(images=images), np.ones(len(indices), bool)
 
 
 class EvaluationStream:
@@ -175,7 +226,7 @@ class EvaluationStream:
     def __len__(self) -> int:
         return math.ceil(self.num_examples / self.batch_size)
 
-    @property
+    @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the first image as delivered; decodes that one only."""
         return self._images.peek().shape
@@ -203,108 +254,71 @@ class EvaluationStream:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        start = index * self.batch_size + self._offset
-        return _finished(self._raw(np.arange(start, start + self._local)))
+        return _one_batch(self, index)
 
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """`batch(start)` .. `batch(len - 1)`, made ahead by reading threads."""
-        return _prefetched(
-            self._raw,
-            lambda index: index * self.batch_size + self._offset,
-            start=start,
-            steps=len(self),
-            local=self._local,
-            threads=1 if self._images.in_memory else self._threads,
-            whole=self._images.in_memory,
+    def iterate(self, start: int = 0, *, pixels: str = "float32") -> Iterator[Batch]:
+        """`batch(start)` .. `batch(len - 1)`, made ahead by reading threads; `pixels` as in `TrainingStream.iterate`."""
+        return _iterate(self, range(start, len(self)), pixels)
+
+    def on_devices(self, devices: Mesh, start: int = 0) -> Iterator[dict[str, jax.Array]]:
+        """The same on the devices, two batches ahead: "image" float32 canonical pixels, "label" and "mask"."""
+        return prefetch.on_devices(self.iterate(start, pixels="uint8"), devices, names=("image", "label", "mask"))
+
+    @property
+    def _is_light(self) -> bool:
+        return self._images.in_memory
+
+    def _make(self, index: int, part: slice, out: np.ndarray | None) -> tuple[memory.Found, np.ndarray]:
+        first = index * self.batch_size + self._offset
+        positions = np.arange(first + part.start, first + part.stop)
+        real = positions < self.num_examples
+        wanted = np.where(real, positions, 0)
+        found = self._images.read(wanted, out=out)
+        return found, real & (found.positions == wanted)
+
+
+def _one_batch(stream: TrainingStream | EvaluationStream, step: int) -> Batch:
+    found, mask = stream._make(step, slice(0, stream._local), None)
+    if isinstance(found.images, list):
+        raise _sizes_differ(stream.source.name, {image.shape for image in found.images})
+    images = np.empty(found.images.shape, np.float32)
+    return {"image": _into(images, found.images), **_others(found, mask)}
+
+
+def _iterate(stream: TrainingStream | EvaluationStream, steps: range, pixels: str) -> Iterator[Batch]:
+    if pixels not in PIXELS:
+        raise errors.unknown("kind of pixels", pixels, PIXELS)
+
+    def make(step: int, part: slice, out: np.ndarray) -> Batch:
+        found, mask = stream._make(step, part, out)
+        shapes = {image.shape for image in found.images} | {out.shape[1:]}
+        if len(shapes) > 1:
+            raise _sizes_differ(stream.source.name, shapes)
+        if found.images is not out:
+            _into(out, found.images)
+        return _others(found, mask)
+
+    if steps:
+        yield from prefetch.on_host(
+            make,
+            steps,
+            shape=(stream._local, *stream.image_shape),
+            dtype=PIXELS[pixels],
+            threads=1 if stream._is_light else stream._threads,
+            whole=stream._is_light,
         )
 
-    def _raw(self, positions: np.ndarray) -> dict[str, Any]:
-        images, labels, rows, mask, extras = [], [], [], [], []
-        wanted = [int(position) if position < self.num_examples else 0 for position in positions]
-        real = [position < self.num_examples for position in positions]
-        for (found, image, label, row, extra), index, is_real in zip(
-            self._images.many(wanted), wanted, real, strict=True
-        ):
-            images.append(image)
-            labels.append(label)
-            rows.append(row)
-            mask.append(bool(is_real and found == index))
-            extras.append(extra)
-        return _collated(images, labels, rows, mask, extras, self.source.name)
+
+def _into(out: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Writes bytes as they are, or canonical pixels where `out` is float32."""
+    if out.dtype == np.uint8:
+        out[:] = images
+        return out
+    return np.divide(images, np.float32(255), out=out, dtype=np.float32)
 
 
-def _prefetched(
-    raw: Callable[[np.ndarray], dict[str, Any]],
-    first: Callable[[int], int],
-    *,
-    start: int,
-    steps: int,
-    local: int,
-    threads: int,
-    whole: bool,
-) -> Iterator[Batch]:
-    """Batches start .. steps - 1 through a Grain pipeline that is closed when the caller stops, however it stops."""
-    import grain
-
-    unit = local if whole else math.gcd(local, _UNIT)
-    if not whole and unit < 8:  # An odd batch: whole batches a thread rather than single images.
-        unit = local
-    units = local // unit
-    elements = _Units(raw, first, unit=unit, units=units, start=start, steps=steps)
-    buffer = max(2 * threads, 2 * units)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=min(buffer, max(len(elements), threads)))
-    iterator = iter(grain.MapDataset.source(elements).to_iter_dataset(options))
-    try:
-        for _ in range(start, steps):
-            parts = [next(iterator) for _ in range(units)]
-            yield parts[0] if units == 1 else _finished(_joined(parts))
-    finally:
-        iterator.close()
-
-
-class _Units:
-    """Pieces of batches by number, as Grain wants them: a batch of one piece comes finished."""
-
-    def __init__(self, raw, first, *, unit: int, units: int, start: int, steps: int):
-        self._raw, self._first = raw, first
-        self._unit, self._units, self._start = unit, units, start
-        self._length = max(steps - start, 0) * units
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        step, piece = divmod(int(index), self._units)
-        begin = self._first(self._start + step) + piece * self._unit
-        part = self._raw(np.arange(begin, begin + self._unit))
-        return _finished(part) if self._units == 1 else part
-
-
-def _collated(images, labels, rows, mask, extras, name: str) -> dict[str, Any]:
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise _sizes_differ(name, shapes)
-    part = {
-        "image": np.stack(images),
-        "label": np.asarray(labels, np.int32),
-        "row": np.asarray(rows, np.int32),
-        "mask": np.asarray(mask, bool),
-    }
-    part.update({key: np.asarray([extra[key] for extra in extras]) for key in extras[0]})
-    return part
-
-
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    shapes = {part["image"].shape[1:] for part in parts}
-    if len(shapes) > 1:
-        raise _sizes_differ("the data", shapes)
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def _finished(part: dict[str, Any]) -> Batch:
-    images = part["image"].astype(np.float32)
-    images /= np.float32(255)  # In place: half the time of one mixed-type division.
-    return {**part, "image": images}
+def _others(found: memory.Found, mask: np.ndarray) -> Batch:
+    return {"label": found.labels, "row": found.rows, "mask": mask, **found.extras}
 
 
 def _sizes_differ(name: str, shapes: set[tuple[int, ...]]) -> errors.UserError:

@@ -1,7 +1,7 @@
-"""Transforms of one uint8 image, written as strings: "resize(256)", "random_resized_crop(224, 0.08, 1.0)".
+"""Transforms of uint8 images, written as strings: "resize(256)", "random_resized_crop(224, 0.08, 1.0)".
 
 A random transform is given its uniform draws; it draws nothing itself. So an image depends on (seed, epoch, row) and on
-nothing else, and reading from memory or from disk gives the same bytes.
+nothing else, and reading from memory, from disk or on the device gives the same bytes.
 """
 
 from __future__ import annotations
@@ -9,27 +9,61 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import Float, Int, UInt8
 
-from robust_vit import errors
-
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-# Source of the two numbers: Szegedy et al. 2015 (arXiv:1409.4842), section 6; ten tries as in torchvision.
-_RATIO = (3 / 4, 4 / 3)
-_TRIES = 10
+from robust_vit import errors, registry
 
 Pixels = UInt8[np.ndarray, "height width channels"]
+
+_GEOMETRY = "robust_vit.data.geometry:"
+_COLOUR = "robust_vit.data.colour:"
+TRANSFORMS = {
+    "resize": _GEOMETRY + "resize",
+    "center_crop": _GEOMETRY + "center_crop",
+    "pad_crop": _GEOMETRY + "pad_crop",
+    "flip": _GEOMETRY + "flip",
+    "random_resized_crop": _GEOMETRY + "random_resized_crop",
+    "random_erasing": _GEOMETRY + "random_erasing",
+    "color_jitter": _COLOUR + "color_jitter",
+    "three_augment": _COLOUR + "three_augment",
+    "rand_augment": "robust_vit.data.rand_augment:rand_augment",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Batched:
+    """A transform of many images of one size: the host decides, then the host or the device moves the pixels.
+
+    Both give the bytes of `Transform.apply` on each image.
+
+    Attributes:
+      decide: uniforms `[batch, draws]` -> int32 `[batch, k]`.
+      host: (images uint8 `[batch, height, width, channels]`, decisions) -> images; may write over its argument.
+      device: the same of JAX arrays, traceable.
+    """
+
+    decide: Callable[[Float[np.ndarray, "batch draws"]], Int[np.ndarray, "batch k"]]
+    host: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    device: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A transform that cuts a rectangle and resizes it to a square: it can be fused with the decoding of a JPEG.
+
+    Attributes:
+      box: (height, width, uniforms) -> (top, left, height, width) in pixels.
+      size: sides of the result.
+      filter: a key of `resampling.FILTERS`.
+    """
+
+    box: Callable[[int, int, Sequence[float]], tuple[int, int, int, int]]
+    size: int
+    filter: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,114 +75,20 @@ class Transform:
       apply: `apply(image)`, or `apply(image, uniforms)` where `draws` is not zero.
       draws: how many uniform numbers in [0, 1) one image takes.
       takes_any_size: whether the output's size does not depend on the input's.
+      batched: the same of many images at once, where there is such a form.
+      window: the same as a rectangle, where it is one.
     """
 
     name: str
     apply: Callable[..., np.ndarray]
     draws: int = 0
     takes_any_size: bool = False
+    batched: Batched | None = None
+    window: Window | None = None
 
-
-def resize(size: int | tuple[int, int], filter: str = "bilinear") -> Transform:
-    """Resizes with PIL's antialiased filter: an int is the new shorter side (aspect kept), a pair is (height, width)."""
-    resample = _filter(filter)
-
-    def apply(image: Pixels) -> Pixels:
-        height, width = image.shape[:2]
-        if isinstance(size, int):
-            shorter = min(height, width)
-            new = (int(size * height / shorter), int(size * width / shorter))
-        else:
-            new = tuple(size)
-        return image if new == (height, width) else _resized(image, new, resample)
-
-    return Transform("resize", apply, takes_any_size=not isinstance(size, int))
-
-
-def center_crop(size: int) -> Transform:
-    """Cuts the central `size` x `size` pixels."""
-
-    def apply(image: Pixels) -> Pixels:
-        height, width = image.shape[:2]
-        if min(height, width) < size:
-            raise errors.UserError(
-                f"center_crop({size}) of an image of {height} x {width}: put resize({size}) before it."
-            )
-        top, left = round((height - size) / 2), round((width - size) / 2)
-        return image[top : top + size, left : left + size]
-
-    return Transform("center_crop", apply, takes_any_size=True)
-
-
-def pad_crop(padding: int, mode: str = "zeros") -> Transform:
-    """Pads each side by `padding` black ("zeros") or mirrored ("reflect") pixels and cuts the old size at a uniform place.
-
-    Source: Lee et al. 2015 (arXiv:1409.5185), section 4; He et al. 2016 (arXiv:1512.03385), section 4.2.
-    """
-    if mode not in ("zeros", "reflect"):
-        raise errors.unknown("padding mode of pad_crop", mode, ["zeros", "reflect"])
-
-    def apply(image: Pixels, uniforms: Float[np.ndarray, 2]) -> Pixels:
-        height, width, channels = image.shape
-        top, left = (int(u * (2 * padding + 1)) - padding for u in uniforms)
-        if mode == "reflect":
-            padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
-            return padded[top + padding : top + padding + height, left + padding : left + padding + width]
-        out = np.zeros((height, width, channels), np.uint8)
-        out[max(-top, 0) : height - max(top, 0), max(-left, 0) : width - max(left, 0)] = image[
-            max(top, 0) : height + min(top, 0), max(left, 0) : width + min(left, 0)
-        ]
-        return out
-
-    return Transform("pad_crop", apply, draws=2)
-
-
-def flip(probability: float = 0.5) -> Transform:
-    """Mirrors left and right with the given probability."""
-
-    def apply(image: Pixels, uniforms: Float[np.ndarray, 1]) -> Pixels:
-        return image[:, ::-1] if uniforms[0] < probability else image
-
-    return Transform("flip", apply, draws=1)
-
-
-def random_resized_crop(
-    size: int, scale_min: float = 0.08, scale_max: float = 1.0, filter: str = "bilinear"
-) -> Transform:
-    """Cuts a rectangle of a random share of the area and aspect ratio 3/4 to 4/3, and resizes it to `size` x `size`.
-
-    The share is uniform in [scale_min, scale_max], the logarithm of the ratio is uniform; after ten rectangles that do not fit,
-    the largest central one within the ratios. Source: Szegedy et al. 2015 (arXiv:1409.4842), section 6; torchvision's rule.
-    """
-    resample = _filter(filter)
-    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
-
-    def apply(image: Pixels, uniforms: Float[np.ndarray, 22]) -> Pixels:
-        height, width = image.shape[:2]
-        for u_area, u_ratio in uniforms[: 2 * _TRIES].reshape(_TRIES, 2):
-            area = height * width * (scale_min + (scale_max - scale_min) * u_area)
-            ratio = math.exp(low + (high - low) * u_ratio)
-            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < crop_width <= width and 0 < crop_height <= height:
-                top = int(uniforms[-2] * (height - crop_height + 1))
-                left = int(uniforms[-1] * (width - crop_width + 1))
-                break
-        else:
-            crop_width = min(width, round(height * _RATIO[1]))
-            crop_height = min(height, round(width / _RATIO[0]))
-            top, left = (height - crop_height) // 2, (width - crop_width) // 2
-        return _resized(image[top : top + crop_height, left : left + crop_width], (size, size), resample)
-
-    return Transform("random_resized_crop", apply, draws=2 * _TRIES + 2, takes_any_size=True)
-
-
-TRANSFORMS = {
-    "resize": resize,
-    "center_crop": center_crop,
-    "pad_crop": pad_crop,
-    "flip": flip,
-    "random_resized_crop": random_resized_crop,
-}
+    def __call__(self, image: Pixels, uniforms: Float[np.ndarray, " draws"]) -> Pixels:
+        """The transformed image; `uniforms` is empty where nothing is drawn."""
+        return self.apply(image, uniforms) if self.draws else self.apply(image)
 
 
 def parse(text: str) -> Transform:
@@ -168,14 +108,15 @@ def parse(text: str) -> Transform:
         raise errors.UserError(
             f"transform {text!r} is not understood: write for example 'pad_crop(4)' or 'flip()'."
         ) from error
-    if name not in TRANSFORMS:
-        raise errors.unknown("transform", name, TRANSFORMS)
-    factory = TRANSFORMS[name]
+    factory = registry.find("transform", name, TRANSFORMS)
     try:
         inspect.signature(factory).bind(*positional, **named)
     except TypeError as error:
         raise errors.UserError(f"transform {text!r}: {error}; it takes {name}{inspect.signature(factory)}.") from error
-    return factory(*positional, **named)
+    try:
+        return factory(*positional, **named)
+    except (TypeError, ValueError) as error:  # An argument of another kind: "pad_crop('4')".
+        raise errors.UserError(f"transform {text!r}: {error}; it takes {name}{inspect.signature(factory)}.") from error
 
 
 def parse_all(texts: Sequence[str]) -> tuple[Transform, ...]:
@@ -185,14 +126,38 @@ def parse_all(texts: Sequence[str]) -> tuple[Transform, ...]:
     return tuple(parse(text) for text in texts)
 
 
-def _filter(name: str) -> Image.Resampling:
-    if name not in FILTERS:
-        raise errors.unknown("resize filter", name, FILTERS)
-    return FILTERS[name]
+def apply_to_batch(
+    transform: Transform, images: np.ndarray | list[np.ndarray], uniforms: Float[np.ndarray, "batch draws"]
+) -> np.ndarray | list[np.ndarray]:
+    """A transform of each image: at once where it and the images allow it. May write over `images`.
+
+    Args:
+      transform: what to apply.
+      images: `[batch, height, width, channels]`, or a list of images of several sizes.
+      uniforms: the draws of each image.
+
+    Returns:
+      An array where all results have one size, else a list.
+    """
+    if isinstance(images, np.ndarray) and transform.batched is not None:
+        return transform.batched.host(images, transform.batched.decide(uniforms))
+    return stacked([transform(image, drawn) for image, drawn in zip(images, uniforms, strict=True)])
 
 
-def _resized(image: Pixels, size: tuple[int, int], resample: Image.Resampling) -> Pixels:
-    grey = image.shape[2] == 1
-    picture = Image.fromarray(np.ascontiguousarray(image[:, :, 0] if grey else image))
-    pixels = np.asarray(picture.resize((size[1], size[0]), resample))
-    return pixels[:, :, None] if grey else pixels
+def stacked(images: list[np.ndarray], out: np.ndarray | None = None) -> np.ndarray | list[np.ndarray]:
+    """One array where all images have one size (`out`, where that fits), else the list."""
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        return images
+    fits = out is not None and out.dtype == np.uint8 and out.shape == (len(images), *shapes.pop())
+    return np.stack(images, out=out if fits else None)
+
+
+def check_number(name: str, argument: str, value: object, low: float, high: float) -> None:
+    """Refuses an argument that is no number in [low, high].
+
+    Raises:
+      errors.UserError: naming the transform and the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise errors.UserError(f"{name}: {argument} is {value!r}: expected a number from {low:g} to {high:g}.")
