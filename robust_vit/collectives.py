@@ -175,9 +175,7 @@ def _parse(line: str) -> _Instruction:
     operation, _, rest = call.partition("(")
     close = _closing(f"({rest}") - 1
     operands = tuple(_NAME.findall(rest[:close]))
-    return _Instruction(
-        left.strip().removeprefix("ROOT ").lstrip("%"), shape, operation, operands, rest
-    )
+    return _Instruction(left.strip().removeprefix("ROOT ").lstrip("%"), shape, operation, operands, rest)
 
 
 def _closing(text: str) -> int:

@@ -106,10 +106,13 @@ def evaluate_fractions(argv: Sequence[str]) -> list[str]:
 def _explain(error: Exception) -> str | None:
     if isinstance(error, errors.UserError):
         return " ".join(str(error).split())
-    if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error) or isinstance(error, MemoryError):
+    # Not at the top: a mistyped flag is answered without JAX.
+    from robust_vit import programs
+
+    if programs.out_of_memory(error):
         return (
-            f"out of memory ({_first_line(error)[:160]}): lower data.batch, raise train.accumulate, or lower the batch of the "
-            "study; what was finished is kept."
+            f"out of memory ({_first_line(error)[:160]}): in training set train.accumulate=auto or lower data.batch; in a study set "
+            "its batch=auto (microbatch=auto of hessian_spectrum); what was finished is kept. --plan shows what each part takes."
         )
     if "No space left on device" in str(error):
         return f"no space left ({_first_line(error)[:160]}): free some, then run the same command again; finished work is kept."

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_vit import programs
+
 PyTree = Any
 
 # A convolving loop on a CPU that is part of a larger trace is unrolled up to here: compile time grows with the length.
@@ -67,6 +69,15 @@ def accumulate(function: Callable, batches: PyTree, *operands: PyTree) -> PyTree
     first = jax.eval_shape(step.one, jnp.int32(0), batches, *operands)
     total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
     return repeat(step, total, count, batches, *operands)
+
+
+def plan(step: Callable, state: PyTree, length: int, *operands: PyTree, donate: bool = False) -> programs.Program:
+    """The program that `repeat` would run with these arguments, which may be shapes, and how often it would."""
+    if length and jax.default_backend() == "cpu" and convolves(step, state, *operands):
+        arguments = (state, jax.ShapeDtypeStruct((), jnp.int32), operands)
+        return programs.Program("step", _apply_in_place, arguments, times=length, static=(step,), carry=0)
+    function = _scan_in_place if donate else _scan
+    return programs.Program("loop", function, (state, operands), static=(step, length), carry=0)
 
 
 def convolves(step: Callable, state: PyTree, *operands: PyTree) -> bool:

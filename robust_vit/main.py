@@ -14,6 +14,10 @@ from robust_vit import command_line, errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, results and the report go.")
+PLAN = flags.DEFINE_bool("plan", False, "Print what the configuration would take, and run nothing.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Compile the training step for a TPU pod, for example v5e-64, and run nothing."
+)
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
 
 
@@ -22,8 +26,10 @@ def main(_: list[str]) -> int:
     began = time.monotonic()
     command_line.configure_jax()
     # Imported after the flags are read: `--help` and a mistyped flag answer at once.
-    from robust_vit import evaluate, files, progress, report, runs, settings, train
+    from robust_vit import evaluate, files, planning, progress, report, runs, settings, topology, train
 
+    if TOPOLOGY.value:
+        topology.configure()
     stopping = threading.Event()
     # SIGTERM is what schedulers send before they take a machine away: finish the step or the chunk, save, leave.
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
@@ -31,6 +37,13 @@ def main(_: list[str]) -> int:
     config = CONFIG.value
     resolved = settings.resolve(config)
     setups = {name: runs.prepare(run, WORKDIR.value, name) for name, run in resolved.items()}
+    if PLAN.value:
+        print(planning.plan(setups, settings.build_studies(next(iter(resolved.values())))))
+    if TOPOLOGY.value:
+        print(topology.plan(setups, TOPOLOGY.value))
+    if PLAN.value or TOPOLOGY.value:
+        return 0
+    setups = {name: train.settle(setup) for name, setup in setups.items()}
     files.write_json(f"{WORKDIR.value}/config.json", config.to_dict())
     try:
         for setup in setups.values():

@@ -15,7 +15,19 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from robust_vit import checkpoints, classifier, data, errors, files, mesh, models, objectives, settings, studies
+from robust_vit import (
+    checkpoints,
+    classifier,
+    data,
+    errors,
+    files,
+    mesh,
+    models,
+    objectives,
+    programs,
+    settings,
+    studies,
+)
 from robust_vit.training import optimizers, schedules
 from robust_vit.training import state as train_state
 from robust_vit.training import step as train_step
@@ -85,6 +97,18 @@ class Setup:
             variables = train_state.replica(variables, replica)
         return classifier.Classifier(variables=variables, module=self.module, spec=self.spec)
 
+    def abstract_classifier(self) -> classifier.Classifier:
+        """The trained model with shapes in place of arrays, placed as they will be: what programs are planned with."""
+        state = self.abstract_state()
+        if self.replicas is None:
+            return self.classifier(state)
+
+        def first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=leaf.sharding)
+
+        variables = jax.tree.map(first, train_state.variables(state))
+        return classifier.Classifier(variables=variables, module=self.module, spec=self.spec)
+
     def _metrics(self) -> tuple[str, ...]:
         return (*self.objective().metrics, *train_step.STEP_METRICS)
 
@@ -128,9 +152,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name
     devices = mesh.make()
     mesh.check_batch(devices, config.data.batch, name="data.batch")
     mesh.check_batch(devices, config.data.eval_batch, name="data.eval_batch")
-    if config.data.batch % config.train.accumulate:
+    parts = config.train.accumulate
+    if parts != programs.AUTO and (not isinstance(parts, int) or parts < 1 or config.data.batch % parts):
         raise errors.UserError(
-            f"train.accumulate={config.train.accumulate} does not divide data.batch={config.data.batch}: choose a divisor."
+            f"train.accumulate={parts!r} does not divide data.batch={config.data.batch}: choose a divisor, or 'auto'."
         )
     replicas = config.replicas if config.replicas > 1 else None
     return Setup(config, folder, bundle, module, bundle.spec, devices, schedule, optimizer, steps, replicas)
@@ -168,21 +193,27 @@ def subjects(setup: Setup) -> tuple[dict[str, studies.Subject], int]:
     found = {}
     for replica in range(setup.replicas or 1):
         name = setup.folder.name if setup.replicas is None else f"{setup.folder.name}.seed{replica}"
-        found[name] = studies.Subject(
-            classifier=setup.classifier(state, replica),
-            test=setup.bundle.test,
-            validation=setup.bundle.validation,
-            train=setup.bundle.train,
-            num_classes=setup.bundle.num_classes,
-            class_names=setup.bundle.class_names,
-            name=name,
-            image_source=setup.bundle.name,
-            threat=config.threat or None,
-            weight_decay=config.optimizer.weight_decay,
-            label_smoothing=config.objective.get("label_smoothing", 0.0),
-            seed=config.seed,
-        )
+        found[name] = subject(setup, setup.classifier(state, replica), name)
     return found, step
+
+
+def subject(setup: Setup, model: classifier.Classifier, name: str) -> studies.Subject:
+    """The model of a run, with the data of that run, as studies want it."""
+    config = setup.config
+    return studies.Subject(
+        classifier=model,
+        test=setup.bundle.test,
+        validation=setup.bundle.validation,
+        train=setup.bundle.train,
+        num_classes=setup.bundle.num_classes,
+        class_names=setup.bundle.class_names,
+        name=name,
+        image_source=setup.bundle.name,
+        threat=config.threat or None,
+        weight_decay=config.optimizer.weight_decay,
+        label_smoothing=config.objective.get("label_smoothing", 0.0),
+        seed=config.seed,
+    )
 
 
 def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -191,6 +222,8 @@ def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> N
         return
     stored = settings.flatten(files.read_json(path))
     asked = settings.flatten(files.jsonable(settings.training_identity(config)))
+    if asked["train.accumulate"] == programs.AUTO:
+        asked["train.accumulate"] = stored.get("train.accumulate")  # What was chosen when the run began.
     differing = sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key))
     if differing:
         key = differing[0]
