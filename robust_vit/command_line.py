@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -32,6 +33,20 @@ def logger() -> logging.Logger:
         found.setLevel(logging.INFO)
         found.propagate = False
     return found
+
+
+def define_processes() -> None:
+    """The flags of a program that several processes run together; `processes_given` reads them."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes share the work.")
+    flags.DEFINE_integer("processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process", None, "The number of this process, from 0.")
+    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.")
+
+
+def processes_given() -> dict[str, Any]:
+    """What `processes.start` takes, as the flags give it."""
+    given = {name: flags.FLAGS[name].value for name in ("coordinator", "processes", "process")}
+    return {**given, "timeout": flags.FLAGS["start_timeout"].value}
 
 
 def configure_jax() -> None:
@@ -142,10 +157,14 @@ def evaluate_fractions(argv: Sequence[str]) -> list[str]:
 def _explain(error: Exception) -> str | None:
     if isinstance(error, errors.UserError):
         return " ".join(str(error).split())
-    if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error) or isinstance(error, MemoryError):
+    # Not at the top: a mistyped flag is answered without JAX.
+    from robust_vit import programs
+
+    if programs.out_of_memory(error):
         return (
-            f"out of memory ({_first_line(error)[:160]}): lower data.batch, raise train.accumulate, set sharding=fsdp on "
-            "several devices, or lower the batch of the study; what was finished is kept."
+            f"out of memory ({_first_line(error)[:160]}): in training set train.accumulate=auto, lower data.batch, or set "
+            "sharding=fsdp on several devices; in a study set batch=auto (microbatch=auto of hessian_spectrum). What was finished "
+            "is kept. --plan shows what each part takes."
         )
     if "No space left on device" in str(error):
         return f"no space left ({_first_line(error)[:160]}): free some, then run the same command again; finished work is kept."

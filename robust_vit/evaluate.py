@@ -26,6 +26,7 @@ from robust_vit.studies import foreign
 from robust_vit.studies import study as study_lib
 
 _logger = logging.getLogger(__name__)
+_JOURNAL = "asked.json"
 _SECONDS = "_seconds"  # A chunk's own wall time, kept beside its records and left out of the merge.
 
 
@@ -63,6 +64,7 @@ def run_study(
     """
     directory = pathlib.Path(directory)
     chunks = directory / "chunks"
+    study = _settle(study, subject, directory)
     asked = files.jsonable(_asked(study, subject))
     if processes.from_first(np.asarray(processes.is_first() and _is_finished(directory, asked, label))):
         return results.read(directory, study=study) if processes.is_first() else None
@@ -250,7 +252,7 @@ def _is_finished(directory: pathlib.Path, asked: Mapping[str, Any], label: str) 
 
 def _open_chunks(chunks: pathlib.Path, asked: Mapping[str, Any], label: str) -> int:
     """Makes the chunk folder belong to `asked`, and returns how many attempts there have been."""
-    journal = chunks / "asked.json"
+    journal = chunks / _JOURNAL
     attempts = 1
     if journal.is_file():
         try:
@@ -351,6 +353,25 @@ def _asked(study: studies.Study, subject: studies.Subject) -> dict[str, Any]:
         "weight_decay": float(subject.weight_decay),
         "label_smoothing": float(subject.label_smoothing),
     }
+
+
+def _settle(study: studies.Study, subject: studies.Subject, directory: pathlib.Path) -> studies.Study:
+    """`Study.settle` by what is on the disk; of several processes the first decides."""
+    settled = study.settle(subject, _stored_settings(directory))
+    if settled is study:
+        return study
+    number = processes.from_first(np.int32(getattr(settled, settled.automatic)))
+    return dataclasses.replace(settled, **{settled.automatic: int(number)})
+
+
+def _stored_settings(directory: pathlib.Path) -> Mapping[str, Any] | None:
+    """The settings that a finished or begun study in the folder was asked with; None where there is none to be read."""
+    try:
+        if results.is_finished(directory):
+            return results.read_asked(directory)["settings"]
+        return files.read_json(directory / "chunks" / _JOURNAL)["asked"]["settings"]
+    except (errors.UserError, OSError, KeyError, TypeError):
+        return None
 
 
 def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

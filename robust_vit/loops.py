@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_vit import errors
+from robust_vit import errors, programs
 
 PyTree = Any
 
@@ -106,6 +106,15 @@ def split(examples: PyTree, size: int) -> PyTree:
     if size < 1 or batch % size:
         raise errors.UserError(f"{batch} examples cannot be taken {size} at a time: choose a divisor of {batch}.")
     return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), examples)
+
+
+def plan(step: Callable, state: PyTree, length: int, *operands: PyTree, donate: bool = False) -> programs.Program:
+    """The program that `repeat` would run with these arguments, which may be shapes, and how often it would."""
+    if length and jax.default_backend() == "cpu" and convolves(step, state, *operands):
+        arguments = (state, jax.ShapeDtypeStruct((), jnp.int32), operands)
+        return programs.Program("step", _apply_in_place, arguments, times=length, static=(step,), carry=0)
+    function = _scan_in_place if donate else _scan
+    return programs.Program("loop", function, (state, operands), static=(step, length), carry=0)
 
 
 def convolves(step: Callable, state: PyTree, *operands: PyTree) -> bool:

@@ -13,13 +13,12 @@ from robust_vit import command_line, errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, results and the report go.")
-DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, where several processes share the work."
+PLAN = flags.DEFINE_bool("plan", False, "Print what the configuration would take, and run nothing.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Compile the training step for a TPU pod, for example v5e-64, and run nothing."
 )
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
-PROCESS = flags.DEFINE_integer("process", None, "The number of this process, from 0.")
-START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.")
+DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
+command_line.define_processes()
 
 
 def main(_: list[str]) -> int:
@@ -27,31 +26,39 @@ def main(_: list[str]) -> int:
     began = time.monotonic()
     command_line.configure_jax()
     # Imported after the flags are read: `--help` and a mistyped flag answer at once.
-    from robust_vit import evaluate, files, processes, progress, report, runs, settings, train
+    from robust_vit import evaluate, files, planning, processes, progress, report, runs, settings, topology, train
 
+    if TOPOLOGY.value:
+        topology.configure()
     logger = command_line.logger()
-    processes.start(
-        coordinator=COORDINATOR.value, processes=PROCESSES.value, process=PROCESS.value, timeout=START_TIMEOUT.value
-    )
+    processes.start(**command_line.processes_given())
     stop = processes.Stop()
     config, workdir = CONFIG.value, command_line.check_workdir(WORKDIR.value)
-    asked = json.dumps(files.jsonable([config.to_dict(), workdir]), sort_keys=True)
-    processes.check_same({"configuration or workdir": asked, "version of the code": processes.code_version()})
+    given = json.dumps(files.jsonable([config.to_dict(), workdir]), sort_keys=True)
+    processes.check_same({"configuration or workdir": given, "version of the code": processes.code_version()})
     resolved = settings.resolve(config)
     setups = {name: runs.prepare(run, workdir, name) for name, run in resolved.items()}
+    asked = settings.build_studies(next(iter(resolved.values())))
+    if PLAN.value or TOPOLOGY.value:
+        logger.info("planning: every program is compiled, none of the work is done")
+        text = [planning.plan(setups, asked)] if PLAN.value else []
+        text += [topology.plan(setups, TOPOLOGY.value)] if TOPOLOGY.value else []
+        if processes.is_first():
+            print("\n\n".join(text))
+        return 0
+    setups = {name: train.settle(setup) for name, setup in setups.items()}
     if processes.is_first():
         files.write_json(f"{workdir}/config.json", config.to_dict())
     processes.check_shared(workdir)
     try:
+        subjects, steps = {}, {}
         for setup in setups.values():
             train.train(setup, stop=stop)
-        subjects, steps = {}, {}
         for setup in setups.values():
             found, step = runs.subjects(setup)
             subjects.update(found)
             steps.update(dict.fromkeys(found, step))
-        studies = settings.build_studies(next(iter(resolved.values())))
-        evaluate.evaluate_runs(workdir, subjects, studies, steps, stop=stop)
+        evaluate.evaluate_runs(workdir, subjects, asked, steps, stop=stop)
     except (train.Stopped, evaluate.Stopped) as stopped:
         logger.warning("%s Run the same command again to go on.", stopped)
         processes.finish()

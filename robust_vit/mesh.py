@@ -174,6 +174,11 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def examples(mesh: Mesh, count: int) -> NamedSharding:
+    """Where `put_global` places so many examples."""
+    return batched(mesh) if count % mesh.size == 0 else replicated(mesh)
+
+
 def put_global(mesh: Mesh | None, tree: PyTree) -> PyTree:
     """Arrays `[examples, ...]` that every process holds whole, split over the devices as a batch is.
 
@@ -184,7 +189,7 @@ def put_global(mesh: Mesh | None, tree: PyTree) -> PyTree:
 
     def one(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)
-        sharding = batched(mesh) if leaf.shape[0] % mesh.size == 0 else replicated(mesh)
+        sharding = examples(mesh, leaf.shape[0])
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

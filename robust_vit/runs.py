@@ -24,6 +24,7 @@ from robust_vit import (
     models,
     objectives,
     processes,
+    programs,
     settings,
     studies,
 )
@@ -106,6 +107,18 @@ class Setup:
             variables = train_state.replica(variables, replica)
         return classifier.Classifier(variables=variables, module=self.module, spec=self.spec)
 
+    def abstract_classifier(self) -> classifier.Classifier:
+        """The trained model with shapes in place of arrays, placed as they will be: what programs are planned with."""
+        state = self.abstract_state()
+        if self.replicas is None:
+            return self.classifier(state)
+
+        def first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=leaf.sharding)
+
+        variables = jax.tree.map(first, train_state.variables(state))
+        return classifier.Classifier(variables=variables, module=self.module, spec=self.spec)
+
     def _fresh_state(self, keys: jax.Array) -> train_state.TrainState:
         metrics = (*self.objective().metrics, *train_step.STEP_METRICS)
         average = self.config.train.average_decay is not None
@@ -164,9 +177,10 @@ def prepare(
     shared = mesh.make(devices, sharding=config.sharding)
     mesh.check_batch(shared, config.data.batch, name="data.batch")
     mesh.check_batch(shared, config.data.eval_batch, name="data.eval_batch")
-    if config.data.batch % config.train.accumulate:
+    parts = config.train.accumulate
+    if parts != programs.AUTO and (not isinstance(parts, int) or parts < 1 or config.data.batch % parts):
         raise errors.UserError(
-            f"train.accumulate={config.train.accumulate} does not divide data.batch={config.data.batch}: choose a divisor."
+            f"train.accumulate={parts!r} does not divide data.batch={config.data.batch}: choose a divisor, or 'auto'."
         )
     replicas = config.replicas if config.replicas > 1 else None
     setup = Setup(config, folder, bundle, module, bundle.spec, shared, schedule, optimizer, steps, replicas)
@@ -200,22 +214,28 @@ def subjects(setup: Setup) -> tuple[dict[str, studies.Subject], int]:
     found = {}
     for replica in range(setup.replicas or 1):
         name = setup.folder.name if setup.replicas is None else f"{setup.folder.name}.seed{replica}"
-        found[name] = studies.Subject(
-            classifier=setup.classifier(state, replica),
-            test=setup.bundle.test,
-            validation=setup.bundle.validation,
-            train=setup.bundle.train,
-            num_classes=setup.bundle.num_classes,
-            class_names=setup.bundle.class_names,
-            name=name,
-            image_source=setup.bundle.name,
-            threat=config.threat or None,
-            weight_decay=config.optimizer.weight_decay,
-            label_smoothing=config.objective.get("label_smoothing", 0.0),
-            seed=config.seed,
-            mesh=setup.mesh,
-        )
+        found[name] = subject(setup, setup.classifier(state, replica), name)
     return found, step
+
+
+def subject(setup: Setup, model: classifier.Classifier, name: str) -> studies.Subject:
+    """The model of a run, with the data of that run, as studies want it."""
+    config = setup.config
+    return studies.Subject(
+        classifier=model,
+        test=setup.bundle.test,
+        validation=setup.bundle.validation,
+        train=setup.bundle.train,
+        num_classes=setup.bundle.num_classes,
+        class_names=setup.bundle.class_names,
+        name=name,
+        image_source=setup.bundle.name,
+        threat=config.threat or None,
+        weight_decay=config.optimizer.weight_decay,
+        label_smoothing=config.objective.get("label_smoothing", 0.0),
+        seed=config.seed,
+        mesh=setup.mesh,
+    )
 
 
 def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -224,6 +244,8 @@ def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> N
         return
     stored = settings.flatten(files.read_json(path))
     asked = settings.flatten(files.jsonable(settings.training_identity(config)))
+    if asked["train.accumulate"] == programs.AUTO:
+        asked["train.accumulate"] = stored.get("train.accumulate")  # What was chosen when the run began.
     differing = sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key))
     if differing:
         key = differing[0]

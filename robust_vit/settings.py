@@ -95,7 +95,8 @@ def default() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 10.0
     config.train.steps = ml_collections.config_dict.placeholder(int)  # Takes precedence over epochs.
-    config.train.accumulate = 1  # Parts that a batch is cut into to save memory.
+    # Parts that a batch is cut into to save memory; "auto": as few as let the step fit.
+    config.train.accumulate = ml_collections.config_dict.FieldReference(1, field_type=object)
     config.train.average_decay = ml_collections.config_dict.placeholder(float)  # Of the moving average of parameters.
 
     config.checkpoint = ml_collections.ConfigDict()
@@ -237,7 +238,10 @@ def _fill(
     for name, value, annotation in known:
         if name in hidden:
             continue
-        if value is None:
+        if str(annotation).startswith("int | str"):
+            # A number or "auto": the study says what it accepts.
+            part[name] = ml_collections.config_dict.FieldReference(value, field_type=object)
+        elif value is None:
             # An optional value keeps its type, so that the command line can set it.
             kinds = [_TYPES[word] for word in re.findall(r"\w+", str(annotation)) if word in _TYPES]
             part[name] = ml_collections.config_dict.placeholder(kinds[0] if kinds else object)

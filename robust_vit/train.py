@@ -6,16 +6,31 @@ The order of resumption: the run's own newest intact checkpoint, `config.resume`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from clu import parameter_overview
 
-from robust_vit import checkpoints, classifier, errors, files, mesh, processes, progress, runs, settings, trees
+from robust_vit import (
+    checkpoints,
+    classifier,
+    errors,
+    files,
+    mesh,
+    processes,
+    programs,
+    progress,
+    runs,
+    settings,
+    trees,
+)
 from robust_vit.metrics import streaming
 from robust_vit.models import weights
 from robust_vit.training import optimizers
@@ -28,6 +43,64 @@ _logger = logging.getLogger(__name__)
 
 class Stopped(Exception):
     """Training was asked to stop and has saved where it was."""
+
+
+def settle(setup: runs.Setup) -> runs.Setup:
+    """The set-up with a number in place of `train.accumulate="auto"`.
+
+    The number that the run was begun with, else the smallest power of two for which the step fits in the memory of a device.
+
+    Raises:
+      errors.UserError: single images do not fit either.
+    """
+    if setup.config.train.accumulate != programs.AUTO:
+        return setup
+    batch, size = setup.config.data.batch, setup.mesh.shape[mesh.AXES[0]]
+    candidates = [2**n for n in range(batch.bit_length()) if batch % (2**n * size) == 0]
+    path = setup.folder / runs.IDENTITY_FILE
+    if path.exists():
+        candidates = [files.read_json(path)["train"]["accumulate"]]
+    elif len(candidates) > 1:
+        candidates = [
+            programs.choose(candidates, lambda parts: [step_program(_cut(setup, parts))], what="train.accumulate")
+        ]
+    return _cut(setup, candidates[0])
+
+
+def _cut(setup: runs.Setup, parts: int) -> runs.Setup:
+    config = ml_collections.ConfigDict(setup.config.to_dict())
+    with config.ignore_type():
+        config.train.accumulate = parts
+    return dataclasses.replace(setup, config=config.lock())
+
+
+def step_program(setup: runs.Setup) -> programs.Program:
+    """The training step with the shapes that it is called with: lowered and compiled without data, parameters or compute."""
+    shapes = {
+        "image": ((setup.config.data.batch, *setup.bundle.train.image_shape), np.float32),
+        "label": ((setup.config.data.batch,), np.int32),
+    }
+    sharding = mesh.batched(setup.mesh)
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
+    keys = jax.eval_shape(lambda: setup.keys("train"))
+    state = setup.abstract_state()
+    return programs.Program("training step", _compiled_step(setup), (state, batch, keys), times=setup.steps, carry=0)
+
+
+def validation_program(setup: runs.Setup) -> programs.Program | None:
+    """The evaluation of a validation batch with its shapes, as often as the whole of training calls it; None without a split."""
+    stream = setup.bundle.validation
+    if stream is None:
+        return None
+    sharding = mesh.batched(setup.mesh)
+    shapes = {
+        "image": ((stream.batch_size, *stream.image_shape), np.float32),
+        "label": ((stream.batch_size,), np.int32),
+        "mask": ((stream.batch_size,), np.bool_),
+    }
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
+    times = math.ceil(setup.steps / _validate_every(setup)) * len(stream) * (setup.replicas or 1)
+    return programs.Program("validation", _evaluate, (setup.abstract_classifier(), batch), times=times)
 
 
 def train(setup: runs.Setup, *, stop: Callable[[], bool] = lambda: False) -> None:
@@ -68,7 +141,7 @@ def _loop(
     step_function = _compiled_step(setup)
     reset_sums = jax.jit(train_state.reset_sums, donate_argnums=0, out_shardings=setup.state_sharding())
     keys = setup.keys("train")
-    every = max(round(config.checkpoint.every_epochs * setup.bundle.train.steps_per_epoch), 1)
+    every = _validate_every(setup)
     trace = progress.Trace(setup.folder / "profile", start=start + config.profile.start, steps=config.profile.steps)
     batches = setup.bundle.train.of_process(jax.process_index(), jax.process_count()).iterate(start)
     # Collectives between CPU processes may hang when steps pile up (measured with several devices a process).
@@ -130,6 +203,10 @@ def validate(setup: runs.Setup, state: train_state.TrainState) -> dict[str, Any]
 @jax.jit
 def _evaluate(model: classifier.Classifier, batch: dict[str, jax.Array]) -> streaming.Sums:
     return streaming.classification(model(batch["image"]), batch["label"], batch["mask"])
+
+
+def _validate_every(setup: runs.Setup) -> int:
+    return max(round(setup.config.checkpoint.every_epochs * setup.bundle.train.steps_per_epoch), 1)
 
 
 def _compiled_step(setup: runs.Setup) -> Callable:

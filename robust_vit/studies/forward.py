@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_vit import errors, mesh
+from robust_vit import errors, mesh, programs
 from robust_vit.metrics import calibration
 from robust_vit.studies import study
 
@@ -51,6 +51,17 @@ def logits(subject: study.Subject, batch: Mapping[str, np.ndarray]) -> tuple[np.
             "labels are class indices from 0; check the data or the model's number of classes."
         )
     return values, real
+
+
+def images(subject: study.Subject, batch: int) -> jax.ShapeDtypeStruct:
+    """The shape of a batch of the subject's images, from at most one of them."""
+    shape = getattr(subject.test, "image_shape", None) or np.shape(subject.test.with_batch(1).batch(0)["image"])[1:]
+    return subject.shape((batch, *shape), jnp.float32)
+
+
+def program(subject: study.Subject, batch: int, *, times: int) -> programs.Program:
+    """The program of `logits` on batches of this size, for planning; the subject's arrays may be shapes."""
+    return programs.Program("forward", _logits, (subject.classifier, images(subject, batch)), times=times)
 
 
 def class_names(subject: study.Subject) -> np.ndarray:
