@@ -7,6 +7,7 @@ may run in another environment than JAX's.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 import transformers
 
-PASSES = ("forward", "input_gradient", "parameter_gradient", "hvp")
 ATTENTIONS = ("eager", "sdpa")
 
 
@@ -97,18 +97,20 @@ def vit(attention: str, *, width: int, depth: int, heads: int, mlp_width: int, p
 
 
 class Peer:
-    """The models of one row, and its four passes as callables without arguments."""
+    """The models of one row, and its four passes."""
 
     def __init__(self, model: str, given: dict, images: str, labels: str, weights: str):
         self.images = torch.from_numpy(np.load(images).transpose(0, 3, 1, 2).copy())
         self.labels = torch.from_numpy(np.load(labels)).long()
-        self.networks = {}
         if model == "resnet":
-            network = ResNet20()
-            arrays = np.load(weights)
-            state = {name.removeprefix("module."): torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
-            network.load_state_dict(state, strict=False)
-            self.networks[""] = network.eval()
+            network = ResNet20().eval()
+            if os.path.exists(weights):
+                arrays = np.load(weights)
+                state = {name.removeprefix("module."): torch.from_numpy(arrays[name]) for name in arrays.files}
+                network.load_state_dict(state, strict=False)
+            else:
+                np.savez(weights, **{name: tensor.numpy() for name, tensor in network.state_dict().items()})
+            self.networks = {"": network}
             return
         networks = {name: vit(name, **given) for name in ATTENTIONS}
         networks["sdpa"].load_state_dict(networks["eager"].state_dict())
@@ -120,37 +122,64 @@ class Peer:
         with torch.inference_mode():
             return self.networks[name](self.images).numpy()
 
-    def passes(self, name: str) -> dict[str, Callable[[], object]]:
-        """The four passes, each of which does all of its work when called."""
-        network = self.networks[name]
+    def runner(self, variant: str, name: str, size: int | None) -> Callable[[], object]:
+        """A pass over the whole batch, or over a slice of `size` images after the other, results joined or summed."""
+        network = self.networks[variant]
+        network.requires_grad_(name == "parameter_gradient")
+        one = getattr(self, name)(network)
+        if size is None:
+            return lambda: one(self.images, self.labels)
+        parts = list(zip(self.images.split(size), self.labels.split(size), strict=True))
+
+        def sliced():
+            found = [one(images, labels) for images, labels in parts]
+            if name in ("forward", "input_gradient"):
+                return torch.cat(found)
+            return [sum(leaves[1:], start=leaves[0]) for leaves in zip(*found, strict=True)]
+
+        return sliced
+
+    def forward(self, network: torch.nn.Module) -> Callable:
+        """Logits."""
+
+        def run(images, labels):
+            with torch.inference_mode():
+                return network(images)
+
+        return run
+
+    def input_gradient(self, network: torch.nn.Module) -> Callable:
+        """The gradient in the images."""
+
+        def run(images, labels):
+            images = images.clone().requires_grad_()
+            return torch.autograd.grad(_loss(network(images), labels), images)[0]
+
+        return run
+
+    def parameter_gradient(self, network: torch.nn.Module) -> Callable:
+        """The gradient in the parameters."""
+        leaves = list(network.parameters())
+        return lambda images, labels: torch.autograd.grad(_loss(network(images), labels), leaves)
+
+    def hvp(self, network: torch.nn.Module) -> Callable:
+        """The Hessian times a vector, forward over reverse."""
         parameters = {key: value.detach() for key, value in network.named_parameters()}
         buffers = dict(network.named_buffers())
         generator = torch.Generator().manual_seed(1)
         vector = {key: torch.randn(value.shape, generator=generator) for key, value in parameters.items()}
-        cross_entropy = torch.nn.functional.cross_entropy
 
-        def loss(values):
-            return cross_entropy(torch.func.functional_call(network, (values, buffers), (self.images,)), self.labels)
+        def run(images, labels):
+            def loss(values):
+                return _loss(torch.func.functional_call(network, (values, buffers), (images,)), labels)
 
-        def forward():
-            with torch.inference_mode():
-                return network(self.images)
+            return list(torch.func.jvp(torch.func.grad(loss), (parameters,), (vector,))[1].values())
 
-        def input_gradient():
-            network.requires_grad_(False)
-            images = self.images.clone().requires_grad_()
-            return torch.autograd.grad(cross_entropy(network(images), self.labels), images)
+        return run
 
-        def parameter_gradient():
-            network.requires_grad_(True)
-            leaves = list(network.parameters())
-            return torch.autograd.grad(cross_entropy(network(self.images), self.labels), leaves)
 
-        def hvp():
-            network.requires_grad_(False)
-            return torch.func.jvp(torch.func.grad(loss), (parameters,), (vector,))[1]
-
-        return dict(zip(PASSES, (forward, input_gradient, parameter_gradient, hvp), strict=True))
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 def _seconds(function: Callable[[], object], calls: int) -> list[float]:
@@ -163,14 +192,17 @@ def _seconds(function: Callable[[], object], calls: int) -> list[float]:
 
 
 def _answer(request: dict, peers: dict) -> dict:
+    if request["do"] == "version":
+        return {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if request["do"] == "build":
         peers["row"] = Peer(*(request[key] for key in ("model", "given", "images", "labels", "weights")))
-        return {"variants": list(peers["row"].networks), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        return {"variants": list(peers["row"].networks)}
     peer = peers["row"]
     if request["do"] == "logits":
         return {"logits": peer.logits(request["variant"]).tolist()}
     try:
-        return {"seconds": _seconds(peer.passes(request["variant"])[request["pass"]], request["calls"])}
+        run = peer.runner(request["variant"], request["pass"], request["slice"])
+        return {"seconds": _seconds(run, request["calls"])}
     except (RuntimeError, NotImplementedError) as error:  # A fused kernel without the derivative that is asked for.
         return {"error": str(error).splitlines()[0]}
 
