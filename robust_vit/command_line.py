@@ -163,7 +163,7 @@ def _explain(error: Exception) -> str | None:
     if programs.out_of_memory(error):
         return (
             f"out of memory ({_first_line(error)[:160]}): in training set train.accumulate=auto, lower data.batch, or set "
-            "sharding=fsdp on several devices; in a study set batch=auto (microbatch=auto of hessian_spectrum). What was finished "
+            "sharding=fsdp on several devices; in a study set batch=auto (microbatch=auto of hessian_spectrum). Finished work "
             "is kept. --plan shows what each part takes."
         )
     if "No space left on device" in str(error):

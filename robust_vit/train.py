@@ -55,7 +55,7 @@ def settle(setup: runs.Setup) -> runs.Setup:
     """
     if setup.config.train.accumulate != programs.AUTO:
         return setup
-    batch, size = setup.config.data.batch, setup.mesh.shape[mesh.AXES[0]]
+    batch, size = setup.config.data.batch, setup.mesh.size
     candidates = [2**n for n in range(batch.bit_length()) if batch % (2**n * size) == 0]
     path = setup.folder / runs.IDENTITY_FILE
     if path.exists():
@@ -143,12 +143,12 @@ def _loop(
     keys = setup.keys("train")
     every = _validate_every(setup)
     trace = progress.Trace(setup.folder / "profile", start=start + config.profile.start, steps=config.profile.steps)
-    batches = setup.bundle.train.of_process(jax.process_index(), jax.process_count()).iterate(start)
+    batches = setup.bundle.train.of_process(jax.process_index(), jax.process_count()).on_devices(setup.mesh, start)
     # Collectives between CPU processes may hang when steps pile up (measured with several devices a process).
     wait = processes.several() and jax.default_backend() == "cpu"
     _logger.info("%s: the first step compiles; that can take a minute", setup.folder.name)
     with (
-        contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext(),
+        contextlib.closing(batches),
         contextlib.closing(trace),
     ):
         for step in range(start + 1, setup.steps + 1):
@@ -160,8 +160,7 @@ def _loop(
             trace.at(step)
             batch = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                images = {"image": batch["image"], "label": batch["label"]}
-                state = step_function(state, mesh.put_batch(setup.mesh, images), keys)
+                state = step_function(state, batch, keys)
                 if wait:
                     jax.block_until_ready(state)
             last = step == setup.steps
@@ -188,8 +187,8 @@ def validate(setup: runs.Setup, state: train_state.TrainState) -> dict[str, Any]
     variables = train_state.variables(state)
     replicas = range(setup.replicas) if setup.replicas else (None,)
     totals: list[streaming.Sums | None] = [None] * len(replicas)
-    for batch in setup.bundle.validation.of_process(jax.process_index(), jax.process_count()).iterate():
-        batch = mesh.put_batch(setup.mesh, {name: batch[name] for name in ("image", "label", "mask")})
+    stream = setup.bundle.validation.of_process(jax.process_index(), jax.process_count())
+    for batch in stream.on_devices(setup.mesh):
         for index, replica in enumerate(replicas):
             chosen = variables if replica is None else train_state.replica(variables, replica)
             sums = _evaluate(classifier.Classifier(chosen, setup.module, setup.spec), batch)
