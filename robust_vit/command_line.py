@@ -111,8 +111,8 @@ def _explain(error: Exception) -> str | None:
 
     if programs.out_of_memory(error):
         return (
-            f"out of memory ({_first_line(error)[:160]}): in training set train.accumulate=auto or lower data.batch; in a study set "
-            "its batch=auto (microbatch=auto of hessian_spectrum); what was finished is kept. --plan shows what each part takes."
+            f"out of memory ({_first_line(error)[:160]}): set train.accumulate=auto or lower data.batch; in a study "
+            "set batch=auto (hessian_spectrum: microbatch=auto). What was finished is kept; --plan shows what each part takes."
         )
     if "No space left on device" in str(error):
         return f"no space left ({_first_line(error)[:160]}): free some, then run the same command again; finished work is kept."

@@ -29,7 +29,7 @@ def main(_: list[str]) -> int:
     from robust_vit import evaluate, files, planning, progress, report, runs, settings, topology, train
 
     if TOPOLOGY.value:
-        topology.configure()
+        topology.configure(TOPOLOGY.value, alone=not PLAN.value)
     stopping = threading.Event()
     # SIGTERM is what schedulers send before they take a machine away: finish the step or the chunk, save, leave.
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())

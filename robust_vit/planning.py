@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from robust_vit import checkpoints, errors, files, programs, progress, runs, studies, train
+from robust_vit import checkpoints, files, programs, progress, runs, studies, train
 from robust_vit.report import results
 from robust_vit.training import optimizers
 
@@ -170,15 +170,15 @@ def render(parts: Sequence[Part], speed: Speed) -> str:
     total = sum(speed.of(part) for part in parts)
     compiling = sum(cost.compile_seconds for cost in {id(cost): cost for part in parts for cost in part.costs}.values())
     lines = [
-        f"{len(devices)} device{'s' if len(devices) > 1 else ''} ({devices[0].device_kind}), {programs.size_text(limit)} of memory "
-        f"each, {speed.product / 1e9:,.0f} GFLOP/s in a matrix product",
+        f"{len(devices)} device{'s' if len(devices) > 1 else ''} ({devices[0].device_kind}), {programs.size_text(limit)} of "
+        f"memory each, {speed.product / 1e9:,.0f} GFLOP/s in a matrix product",
         "",
         *_aligned(rows, right=(3, 4, 5, 6)),
         "",
         f"In all about {progress.duration(total)} of computing. Compiling took {progress.duration(compiling)} just now; the "
         "compilation cache keeps it for the run.",
-        "Minutes are timed, to within a factor of about 1.5, or marked ~ where they follow from the number of operations, to within "
-        "about 3. Reading images, statistics, checkpoints and the report come on top; attacks and Lanczos may stop early.",
+        "Minutes are timed on this machine just now: expect them within a factor of 1.5. Those marked ~ follow from the "
+        "number of operations: within 3. Reading images, statistics, checkpoints and the report come on top.",
     ]
     for part in parts:
         if part.largest is not None and part.share and part.largest.memory > programs.MARGIN * limit:

@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_vit"
 FLOORS = {
-    1: "classifier losses loops plots mesh checkpoints trees errors files registry tables progress command_line collectives programs",
+    1: "classifier losses loops plots mesh checkpoints trees errors files registry tables progress command_line collectives "
+    "programs",
     2: "attacks corruptions curvature metrics models data",
     3: "training",
     4: "studies objectives",
@@ -30,6 +31,11 @@ SAME_FLOOR = {
     ("train", "settings"),
     ("runs", "settings"),
     ("presets", "settings"),
+    ("planning", "report"),
+    ("planning", "runs"),
+    ("planning", "train"),
+    ("topology", "runs"),
+    ("topology", "train"),
 }
 
 
