@@ -143,9 +143,10 @@ def plan(setups: Mapping[str, runs.Setup], name: str) -> str:
     pod = parse(name)
     chips = devices(pod)
     hosts = len({chip.process_index for chip in chips})
+    grid = " x ".join(map(str, pod.grid))
     lines = [
-        f"{pod.name}: {pod.chips} chips of {chips[0].device_kind} in a grid of {' x '.join(map(str, pod.grid))}, {hosts} "
-        f"host{'s' if hosts > 1 else ''}, {pod.kind.memory:g} GiB and {pod.kind.peak / 1e12:,.0f} TFLOP/s (bfloat16) a chip"
+        f"{pod.name}: {_count(pod.chips, 'chip')} of {chips[0].device_kind} in a grid of {grid}, {_count(hosts, 'host')}, "
+        f"{pod.kind.memory:g} GiB and {pod.kind.peak / 1e12:,.0f} TFLOP/s (bfloat16) a chip"
     ]
     for run, setup in setups.items():
         there = dataclasses.replace(setup, mesh=mesh.make(chips))
@@ -159,6 +160,10 @@ def plan(setups: Mapping[str, runs.Setup], name: str) -> str:
             title = f"{run}: validation of {setup.config.data.eval_batch:,} images"
             lines += ["", *_described(title, validation, pod)]
     return "\n".join(lines)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' if number > 1 else ''}"
 
 
 def _described(title: str, program: programs.Program, pod: Slice) -> list[str]:
