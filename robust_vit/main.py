@@ -29,7 +29,7 @@ def main(_: list[str]) -> int:
     from robust_vit import evaluate, files, planning, processes, progress, report, runs, settings, topology, train
 
     if TOPOLOGY.value:
-        topology.configure()
+        topology.configure(TOPOLOGY.value, alone=not PLAN.value)
     logger = command_line.logger()
     processes.start(**command_line.processes_given())
     stop = processes.Stop()

@@ -177,8 +177,8 @@ def render(parts: Sequence[Part], speed: Speed) -> str:
         "",
         f"In all about {progress.duration(total)} of computing. Compiling took {progress.duration(compiling)} just now; the "
         "compilation cache keeps it for the run.",
-        "Minutes are timed, to within a factor of about 1.5, or marked ~ where they follow from the number of operations, to "
-        "within about 3. Reading images, statistics, checkpoints and the report come on top; attacks and Lanczos may stop early.",
+        "Minutes are timed on this machine just now: expect them within a factor of 1.5. Those marked ~ follow from the "
+        "number of operations: within 3. Reading images, statistics, checkpoints and the report come on top.",
     ]
     for part in parts:
         if part.largest is not None and part.share and part.largest.memory > programs.MARGIN * limit:

@@ -90,22 +90,31 @@ def parse(name: str) -> Slice:
     return Slice(name, generation, GENERATIONS[generation].grids[known[given]])
 
 
-def configure() -> None:
-    """Keeps JAX and libtpu from looking for a TPU in this machine. To be called before JAX meets its first device."""
+def configure(name: str, *, alone: bool) -> None:
+    """Refuses what cannot be compiled for, and keeps libtpu from waiting for an answer about a TPU in this machine.
+
+    To be called before JAX meets its first device.
+
+    Args:
+      name: of the slice.
+      alone: nothing else is asked of this machine's devices, so JAX need not start them.
+    """
+    pod = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise errors.UserError(
             "--topology compiles with libtpu, which is not installed: pip install libtpu (Linux; no TPU needed)."
         )
-    jax.config.update("jax_platforms", "cpu")
-
-
-def devices(pod: Slice) -> list[jax.Device]:
-    """Descriptions of the chips: enough to compile for them."""
-    # libtpu would ask the metadata server of the cloud what it runs on, and wait.
+    # It would ask the cloud's metadata server what it runs on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{pod.kind.accelerator}-{pod.chips * pod.kind.cores}")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_WORKER_ID", "0")
+    if alone:
+        jax.config.update("jax_platforms", "cpu")
+
+
+def devices(pod: Slice) -> list[jax.Device]:
+    """Descriptions of the chips: enough to compile for them."""
     from jax.experimental import topologies
 
     options = dict(pod.kind.options)
@@ -134,9 +143,10 @@ def plan(setups: Mapping[str, runs.Setup], name: str) -> str:
     pod = parse(name)
     chips = devices(pod)
     hosts = len({chip.process_index for chip in chips})
+    grid = " x ".join(map(str, pod.grid))
     lines = [
-        f"{pod.name}: {pod.chips} chips of {chips[0].device_kind} in a grid of {' x '.join(map(str, pod.grid))}, {hosts} "
-        f"host{'s' if hosts > 1 else ''}, {pod.kind.memory:g} GiB and {pod.kind.peak / 1e12:,.0f} TFLOP/s (bfloat16) a chip"
+        f"{pod.name}: {_count(pod.chips, 'chip')} of {chips[0].device_kind} in a grid of {grid}, {_count(hosts, 'host')}, "
+        f"{pod.kind.memory:g} GiB and {pod.kind.peak / 1e12:,.0f} TFLOP/s (bfloat16) a chip"
     ]
     for run, setup in setups.items():
         there = dataclasses.replace(setup, mesh=mesh.make(chips))
@@ -150,6 +160,10 @@ def plan(setups: Mapping[str, runs.Setup], name: str) -> str:
             title = f"{run}: validation of {setup.config.data.eval_batch:,} images"
             lines += ["", *_described(title, validation, pod)]
     return "\n".join(lines)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' if number > 1 else ''}"
 
 
 def _described(title: str, program: programs.Program, pod: Slice) -> list[str]:

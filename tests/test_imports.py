@@ -31,6 +31,11 @@ SAME_FLOOR = {
     ("train", "settings"),
     ("runs", "settings"),
     ("presets", "settings"),
+    ("planning", "report"),
+    ("planning", "runs"),
+    ("planning", "train"),
+    ("topology", "runs"),
+    ("topology", "train"),
 }
 
 

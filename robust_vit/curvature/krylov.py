@@ -320,7 +320,7 @@ def _start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
 
 
 def _placement(like: PyTree) -> tuple[NamedSharding, ...] | None:
-    """Where the leaves of `like` lie, if they are spread over a mesh. Vectors that move compile twice."""
+    """Where the leaves of `like` lie, if on a mesh: a vector that started elsewhere than it ends would compile twice."""
     placed = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like))
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(like))
     return placed if placed and not traced and all(isinstance(one, NamedSharding) for one in placed) else None

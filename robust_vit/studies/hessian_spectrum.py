@@ -61,7 +61,7 @@ class HessianSpectrum(study.Study):
       tolerance: relative residual at which a value counts as converged.
       label_smoothing: of the loss, or None for the subject's.
       weight_decay: of the L2 term, or None for the subject's.
-      microbatch: images differentiated at a time; None for the mini-batch at once; or "auto": as many as there is memory for.
+      microbatch: images differentiated at a time; None for the mini-batch at once; or "auto", as many as there is memory for.
     """
 
     name: ClassVar[str] = "hessian_spectrum"
