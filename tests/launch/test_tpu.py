@@ -44,7 +44,7 @@ case "$*" in
     ;;
   "storage cp - "*) cat >"$BUCKET/${4##*/}" ;;
   "storage cp "*) cp "$3" "$BUCKET/${4##*/}" ;;
-  "storage ls "*) ls -d "$BUCKET"/* ;;
+  "storage ls "*) for object in "$BUCKET"/*; do echo "$3${object##*/}"; done ;;
   "storage cat "*) cat "$BUCKET/${3##*/}" ;;
   "storage rm "*) rm "$BUCKET/${3##*/}" ;;
   *describe*|*create*|*delete*) source "$HOME/queue.sh" ;;
@@ -281,6 +281,12 @@ def test_what_exists_is_watched_over_and_may_be_kept(queue):
     cloud = queue("ACTIVE READY", exists=True)
     done = cloud.run(LAUNCH / "tpu_queued.sh", *QUEUED, *PROGRAM)
     assert _verbs(cloud) == ["delete"], "it was finished while nobody watched"
+
+
+def test_a_job_that_is_called_finished_is_not_taken_for_one(queue):
+    cloud = queue("ACTIVE READY", "ACTIVE READY", "ACTIVE !mistake")
+    names = ["--name=finished-job" if argument == "--name=my-tpu" else argument for argument in QUEUED]
+    assert cloud.run(LAUNCH / "tpu_queued.sh", *names, *PROGRAM).returncode == 2
 
 
 def test_it_gives_up_after_the_given_number_of_recreations(queue):
