@@ -152,11 +152,13 @@ def test_sigterm_lets_the_program_of_a_worker_save_and_leaves_nothing(cloud):
     assert job.wait(machines.LIMIT) == 75
     assert "saved" in (home / "robust_vit_job" / "log").read_text(encoding="utf-8")
     assert list((cloud.folder / "bucket").iterdir()) == [], "a job that was stopped is not over"
-    assert not any(
-        map(machines.lives, machines.processes(home / "child", home / "program", home / "robust_vit_job" / "pid"))
-    )
-    everywhere = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(home) not in everywhere, "neither does the watchdog that would have killed it"
+    pids = machines.processes(home / "child", home / "program", home / "robust_vit_job" / "pid")
+    machines.until(lambda: not any(map(machines.lives, pids)))
+    machines.until(lambda: str(home) not in _commands())  # Neither stays the watchdog that would have killed it.
+
+
+def _commands() -> str:
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_job_runs_on_all_workers_and_its_exit_code_comes_back(cloud):
