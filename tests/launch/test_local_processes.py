@@ -19,7 +19,6 @@ config, folder = (argument.partition("=")[2] for argument in sys.argv[1:3])
 me = int(os.environ["ROBUST_VIT_PROCESS"])
 attempts = pathlib.Path(folder) / f"attempts_{me}"
 attempt = int(attempts.read_text()) if attempts.exists() else 0
-attempts.write_text(str(attempt + 1))
 task = config.split(";")[min(attempt, config.count(";"))].split(",")[me]
 def saved(*_):
     print("saved", flush=True)
@@ -31,6 +30,10 @@ names = ("COORDINATOR", "PROCESSES", "PROCESS")
 print("ready", me, *(os.environ["ROBUST_VIT_" + name] for name in names), os.environ["JAX_NUM_CPU_DEVICES"],
       os.environ["JAX_PLATFORMS"], os.environ["NPROC"], flush=True)
 (pathlib.Path(folder) / f"pid_{me}").write_text(f"{os.getpid()} {child.pid if child else ''}")
+attempts.write_text(str(attempt + 1))
+everybody = [pathlib.Path(folder) / f"attempts_{i}" for i in range(int(os.environ["ROBUST_VIT_PROCESSES"]))]
+while not all(path.exists() and path.read_text() == str(attempt + 1) for path in everybody):
+    time.sleep(0.01)  # Nobody acts before everybody listens to signals.
 if task == "crash":
     print("before the crash", flush=True)
     os.kill(os.getpid(), signal.SIGABRT)
