@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What the launchers share; sourced by them, and good for the bash 3.2 of a Mac. A launcher's own options come first;
-# from --config= or --workdir= (or from --) on, every argument is a flag of robust_vit.main.
+# What the launchers share; sourced by them. A launcher's own options come first; from --config= or --workdir= (or from
+# --) on, every argument is a flag of robust_vit.main. Macs ship bash 3.2: hence ${array[@]+...} and no ${word@Q}.
 
 readonly EXIT_USER_ERROR=2
-dry_run=
+dry_run=""
 
 fail() {
   printf 'error: %s\n' "$*" >&2

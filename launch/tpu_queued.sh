@@ -21,7 +21,8 @@
 #   --poll=SECONDS                  between two looks (default 60)
 #   --keep                          leaves the TPUs when the job has ended
 #   --dry_run                       prints the commands and runs none
-# Instead of running a job: --logs (worker 0), --status, --delete (ends the job: its machines are deleted)
+# Instead of running a job: --logs (worker 0), --status, --delete (ends the job; interrupt the launcher that watches over
+# it first, or that one asks for new machines)
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -119,13 +120,16 @@ look() {
 
 # Ends this launcher where the workers have written how the job ended.
 conclude() {
-  local outcome code
-  outcome=$(gcloud storage ls "$markers/" </dev/null 2>/dev/null) || return 0
+  local objects outcome code
+  objects=$(gcloud storage ls "$markers/" </dev/null 2>/dev/null) || return 0
+  for outcome in finished mistake crashed none; do
+    ! grep --quiet --line-regexp --fixed-strings "$markers/$outcome" <<<"$objects" || break
+  done
   case "$outcome" in
-    */finished*) outcome=finished code=0 ;;
-    */mistake*) outcome=mistake code=$EXIT_USER_ERROR ;;
-    */crashed*) outcome=crashed code=1 ;;
-    *) return 0 ;;
+    finished) code=0 ;;
+    mistake) code=$EXIT_USER_ERROR ;;
+    crashed) code=1 ;;
+    none) return 0 ;;
   esac
   [[ "$code" -eq 0 ]] || gcloud storage cat "$markers/$outcome" </dev/null >&2 || true
   say "$outcome${keep:+; the TPUs are kept: --delete ends what they cost}"

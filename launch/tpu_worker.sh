@@ -18,8 +18,8 @@ readonly SECONDS_TO_SAVE=300
 home=${ROBUST_VIT_JOB:-$HOME/robust_vit_job}
 setup="" jax="jax[tpu]" retries=10 pause=30 markers=""
 
-# The lock is held by the job and by its program: whoever of them lives, the job lives.
-is_running() { ! flock --nonblock "$home/lock" true; }
+# The lock is held by the job and by its program: whoever of them lives, the job lives. Who asks holds it for a moment.
+is_running() { ! flock --shared --nonblock "$home/lock" true; }
 
 parse_options() {
   while [[ $# -gt 0 ]] && ! is_program_flag "$1"; do
@@ -125,7 +125,7 @@ prepare() {
 
 run_job() {
   exec 9>>"$home/lock"
-  flock --nonblock 9 || fail "a job runs here already: stop it first (--stop)."
+  flock --timeout 5 9 || fail "a job runs here already: stop it first (--stop)."
   echo $$ >"$home/pid"
   rm -f "$home/exit_code"
   stopping="" program="" watchdog="" code=1

@@ -19,7 +19,6 @@ config, folder = (argument.partition("=")[2] for argument in sys.argv[1:3])
 me = int(os.environ["ROBUST_VIT_PROCESS"])
 attempts = pathlib.Path(folder) / f"attempts_{me}"
 attempt = int(attempts.read_text()) if attempts.exists() else 0
-attempts.write_text(str(attempt + 1))
 task = config.split(";")[min(attempt, config.count(";"))].split(",")[me]
 def saved(*_):
     print("saved", flush=True)
@@ -31,6 +30,10 @@ names = ("COORDINATOR", "PROCESSES", "PROCESS")
 print("ready", me, *(os.environ["ROBUST_VIT_" + name] for name in names), os.environ["JAX_NUM_CPU_DEVICES"],
       os.environ["JAX_PLATFORMS"], os.environ["NPROC"], flush=True)
 (pathlib.Path(folder) / f"pid_{me}").write_text(f"{os.getpid()} {child.pid if child else ''}")
+attempts.write_text(str(attempt + 1))
+everybody = [pathlib.Path(folder) / f"attempts_{i}" for i in range(int(os.environ["ROBUST_VIT_PROCESSES"]))]
+while not all(path.exists() and path.read_text() == str(attempt + 1) for path in everybody):
+    time.sleep(0.01)  # Nobody acts before everybody listens to signals.
 if task == "crash":
     print("before the crash", flush=True)
     os.kill(os.getpid(), signal.SIGABRT)
@@ -67,6 +70,11 @@ def _pids(folder: pathlib.Path) -> list[int]:
     return machines.processes(*folder.glob("pid_*"))
 
 
+def _all_end(folder: pathlib.Path) -> None:
+    """The launcher has ended: so do all processes, as soon as the kernel has done what it was told."""
+    machines.until(lambda: not any(map(machines.lives, _pids(folder / "w"))))
+
+
 @pytest.mark.parametrize(
     ("config", "code"),
     [
@@ -85,7 +93,7 @@ def _pids(folder: pathlib.Path) -> list[int]:
 def test_the_job_has_the_worst_meaningful_exit_code(job, tmp_path, config, code):
     done = machines.finish(job(config))
     assert done.returncode == code, done.stderr
-    assert not any(map(machines.lives, _pids(tmp_path / "w")))
+    _all_end(tmp_path)
 
 
 def test_the_end_of_the_log_of_the_process_that_crashed_is_shown(job, tmp_path):
@@ -144,13 +152,13 @@ def test_a_second_signal_kills(job, tmp_path):
     machines.until(lambda: sum(map(machines.lives, _pids(tmp_path / "w"))) == 1)
     process.send_signal(signal.SIGINT)
     assert machines.finish(process).returncode == 128 + signal.SIGKILL
-    assert not any(map(machines.lives, _pids(tmp_path / "w")))
+    _all_end(tmp_path)
 
 
 def test_who_stays_after_the_others_have_finished_is_killed_and_that_is_a_crash(job, tmp_path):
     done = machines.finish(job("exit:0,stubborn", "--seconds_to_save=0.5"))
     assert done.returncode == 128 + signal.SIGKILL
-    assert not any(map(machines.lives, _pids(tmp_path / "w")))
+    _all_end(tmp_path)
 
 
 def test_a_worker_that_is_killed_ends_the_job(job, tmp_path):
@@ -159,7 +167,7 @@ def test_a_worker_that_is_killed_ends_the_job(job, tmp_path):
     victim = int((tmp_path / "w" / "pid_1").read_text(encoding="utf-8").split()[0])
     os.kill(victim, signal.SIGKILL)
     assert machines.finish(process).returncode == 128 + signal.SIGKILL
-    assert not any(map(machines.lives, _pids(tmp_path / "w"))), "data workers of the dead process are ended too"
+    _all_end(tmp_path)  # The data workers of the dead process, too.
 
 
 def test_nothing_outlives_a_launcher_that_is_killed(job, tmp_path):
@@ -167,7 +175,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(job, tmp_path):
     machines.until(lambda: len(_pids(tmp_path / "w")) == 3)
     assert all(map(machines.lives, _pids(tmp_path / "w")))
     os.kill(process.pid, signal.SIGKILL)
-    machines.until(lambda: not any(map(machines.lives, _pids(tmp_path / "w"))))
+    _all_end(tmp_path)
     machines.finish(process)
 
 

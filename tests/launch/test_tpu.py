@@ -44,7 +44,7 @@ case "$*" in
     ;;
   "storage cp - "*) cat >"$BUCKET/${4##*/}" ;;
   "storage cp "*) cp "$3" "$BUCKET/${4##*/}" ;;
-  "storage ls "*) ls -d "$BUCKET"/* ;;
+  "storage ls "*) for object in "$BUCKET"/*; do echo "$3${object##*/}"; done ;;
   "storage cat "*) cat "$BUCKET/${3##*/}" ;;
   "storage rm "*) rm "$BUCKET/${3##*/}" ;;
   *describe*|*create*|*delete*) source "$HOME/queue.sh" ;;
@@ -152,11 +152,13 @@ def test_sigterm_lets_the_program_of_a_worker_save_and_leaves_nothing(cloud):
     assert job.wait(machines.LIMIT) == 75
     assert "saved" in (home / "robust_vit_job" / "log").read_text(encoding="utf-8")
     assert list((cloud.folder / "bucket").iterdir()) == [], "a job that was stopped is not over"
-    assert not any(
-        map(machines.lives, machines.processes(home / "child", home / "program", home / "robust_vit_job" / "pid"))
-    )
-    everywhere = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(home) not in everywhere, "neither does the watchdog that would have killed it"
+    pids = machines.processes(home / "child", home / "program", home / "robust_vit_job" / "pid")
+    machines.until(lambda: not any(map(machines.lives, pids)))
+    machines.until(lambda: str(home) not in _commands())  # Neither stays the watchdog that would have killed it.
+
+
+def _commands() -> str:
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_job_runs_on_all_workers_and_its_exit_code_comes_back(cloud):
@@ -281,6 +283,12 @@ def test_what_exists_is_watched_over_and_may_be_kept(queue):
     cloud = queue("ACTIVE READY", exists=True)
     done = cloud.run(LAUNCH / "tpu_queued.sh", *QUEUED, *PROGRAM)
     assert _verbs(cloud) == ["delete"], "it was finished while nobody watched"
+
+
+def test_a_job_that_is_called_finished_is_not_taken_for_one(queue):
+    cloud = queue("ACTIVE READY", "ACTIVE READY", "ACTIVE !mistake")
+    names = ["--name=finished-job" if argument == "--name=my-tpu" else argument for argument in QUEUED]
+    assert cloud.run(LAUNCH / "tpu_queued.sh", *names, *PROGRAM).returncode == 2
 
 
 def test_it_gives_up_after_the_given_number_of_recreations(queue):
