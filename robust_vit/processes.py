@@ -27,6 +27,7 @@ _logger = logging.getLogger(__name__)
 # A worker that stops answering ends the job after so many seconds: XLA's default of 100 is more than the minute we promise.
 HEARTBEAT_SECONDS = 30
 _DIGEST_WORDS = 8
+_EXIT_ALONE = 1  # Not a user's mistake: machines of a pod may start minutes apart, and launchers try again.
 
 
 def start(
@@ -46,7 +47,7 @@ def start(
 
     Raises:
       errors.UserError: arguments that do not fit together. When the others do not come in time, the process prints one line with
-        the coordinator's address and exits with 2: the wait cannot be broken from Python.
+        the coordinator's address and exits with 1: the wait cannot be broken from Python.
     """
     given = {
         "coordinator": coordinator or os.environ.get("ROBUST_VIT_COORDINATOR"),
@@ -256,4 +257,4 @@ def _digest(text: str) -> np.ndarray:
 
 def _give_up(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(errors.EXIT_USER_ERROR)
+    os._exit(_EXIT_ALONE)

@@ -149,7 +149,7 @@ def plan(setups: Mapping[str, runs.Setup], name: str) -> str:
         f"{pod.kind.memory:g} GiB and {pod.kind.peak / 1e12:,.0f} TFLOP/s (bfloat16) a chip"
     ]
     for run, setup in setups.items():
-        there = dataclasses.replace(setup, mesh=mesh.make(chips))
+        there = dataclasses.replace(setup, mesh=mesh.make(chips, sharding=setup.config.sharding))
         mesh.check_batch(there.mesh, setup.config.data.batch, name="data.batch")
         lines += [
             "",

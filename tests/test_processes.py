@@ -201,7 +201,7 @@ def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
         flags = (f"--coordinator={address}", "--processes=2", "--process=1", "--start_timeout=2")
         with _Job(_main(config, tmp_path / "work", *flags), _environment(tmp_path / "cache"), tmp_path / "log") as job:
             code, text = job.wait()
-    assert code == errors.EXIT_USER_ERROR
+    assert code == 1  # Launchers try again: machines of a pod may start minutes apart.
     assert f"error: process 1 of 2 waited 2 s for the others at {address}" in text
 
 
