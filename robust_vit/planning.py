@@ -79,9 +79,9 @@ class Speed:
 
     def timed(self, part: Part) -> bool:
         """Whether nine tenths of a part's seconds were timed, rather than derived from operations."""
-        derived = [0.0 if program.key in self.seconds else 1.0 for program in part.programs]
+        derived = [program.key not in self.seconds for program in part.programs]
         seconds = self._seconds(part)
-        return sum(map(operator.mul, derived, seconds)) <= 0.1 * sum(seconds)
+        return not part.share or sum(map(operator.mul, derived, seconds)) <= 0.1 * sum(seconds)
 
     def _seconds(self, part: Part) -> list[float]:
         rate = self.rates.get(part.run, _TYPICAL * self.product)
@@ -169,7 +169,10 @@ def render(parts: Sequence[Part], speed: Speed) -> str:
         if largest is not None:
             sizes = largest.argument_bytes, largest.temporary_bytes, largest.output_bytes
             memory = programs.size_text(largest.memory), " + ".join(map(programs.size_text, sizes))
-        minutes = f"{'' if speed.timed(part) else '~'}{speed.of(part) / 60:,.1f}" if part.programs else ""
+        minutes = ""
+        if part.programs:
+            number = speed.of(part) / 60
+            minutes = f"{'' if speed.timed(part) else '~'}{number:,.{0 if number >= 100 else 2}f}"
         rows.append((part.run, part.name, work, *passes, minutes, *memory))
     total = sum(speed.of(part) for part in parts)
     compiling = sum(cost.compile_seconds for cost in {id(cost): cost for part in parts for cost in part.costs}.values())
