@@ -272,7 +272,7 @@ def _probe(setup: runs.Setup, product: float, seconds: float) -> float | None:
 def _remedy(part: Part) -> str:
     if part.name in ("training", "validation"):
         return "set train.accumulate=auto, model.remat with model.scan, or bfloat16; or shard the parameters"
-    return f"set studies.{part.name}.batch=auto"
+    return f"set studies.{part.name}.batch=auto (of hessian_spectrum: microbatch=auto)"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...]) -> list[str]:
