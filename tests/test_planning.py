@@ -83,7 +83,7 @@ def test_what_is_finished_is_said(trained):
     found, step = runs.subjects(setup)
     evaluate.evaluate_runs(workdir, found, {"accuracy": asked["accuracy"]}, step)
     rows = _rows(planning.plan({"main": setup}, asked))
-    assert rows["training"][:4] == ["12 steps of 16, finished", "0", "0", "0.0"]
+    assert rows["training"][:4] == ["12 steps of 16, finished", "0", "0", "0.00"]
     assert rows["accuracy"][:3] == ["3 chunks, finished", "0", "0"]
     assert rows["attack_curve"][0] == "3 chunks"
     half = runs.prepare(_config(setup.config.data.name.removeprefix("folder="), **{"train.steps": 12}), workdir)
