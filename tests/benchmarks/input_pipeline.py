@@ -90,9 +90,12 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def prepare(folder: pathlib.Path, data_dir: pathlib.Path, *, tiny: bool) -> None:
-    """Four data sets: large JPEGs as they are (progressive) and made sequential, small JPEGs and PNGs."""
-    if tiny:
+def prepare(folder: pathlib.Path, arguments: argparse.Namespace) -> None:
+    """Four data sets: large JPEGs as they are (progressive) and made sequential, small JPEGs and PNGs; what is there stays."""
+    data_dir = pathlib.Path(arguments.data_dir)
+    if (folder / "prepared").exists():
+        return
+    if arguments.tiny:
         noise = np.random.default_rng(0).integers(0, 256, (24, 300, 260, 3), np.uint8)
         large = [encoded(Image.fromarray(image), "JPEG", progressive=True) for image in noise]
         small = [encoded(Image.fromarray(image[:32, :32]), "JPEG") for image in noise]
@@ -113,6 +116,10 @@ def prepare(folder: pathlib.Path, data_dir: pathlib.Path, *, tiny: bool) -> None
         ("small_png", png, 32),
     ):
         write(folder, name, contents, np.arange(len(contents)) % 10, size=size)
+        if arguments.peer_python:
+            convert = ["convert", str(folder / f"{name}.npz"), str(folder / f"{name}.tfrecord")]
+            subprocess.run([arguments.peer_python, str(PEER), *convert], check=True, capture_output=True, timeout=300)
+    (folder / "prepared").touch()
 
 
 def rate(batches: Iterator, *, batch: int, count: int, warm_up: int) -> float:
@@ -127,14 +134,14 @@ def rate(batches: Iterator, *, batch: int, count: int, warm_up: int) -> float:
     return batch * count / seconds
 
 
-def peer_rate(python: str, case: str, path: pathlib.Path, batch: int, count: int, warm_up: int) -> tuple[str, float]:
-    """TensorFlow's version and tf.data's images a second."""
-    command = [python, str(PEER), case, str(path), str(batch), str(count), str(warm_up)]
+def peer_rates(python: str, jobs: list[tuple]) -> tuple[str, list[float]]:
+    """TensorFlow's version and tf.data's images a second for each (case, tfrecord, batch, count, warm-up)."""
+    command = [python, str(PEER), "measure", *(":".join(map(str, job)) for job in jobs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise SystemExit(f"the peer failed: {done.stderr.strip().splitlines()[-1]}")
-    version, found = done.stdout.split()[-2:]
-    return version, float(found)
+    version, *found = done.stdout.split()
+    return version, [float(rate) for rate in found]
 
 
 def stream(folder: pathlib.Path, name: str, augment: tuple[str, ...], batch: int, cache: str) -> data.TrainingStream:
@@ -153,24 +160,24 @@ def pipelines(arguments: argparse.Namespace, folder: pathlib.Path) -> Iterator[s
         ("32 px JPEG from disk, pad-crop, flip", "small_jpeg", "disk", SMALL, small, "never", 150),
         ("32 px PNG from disk, pad-crop, flip", "small_png", "disk", SMALL, small, "never", 150),
     ]
+    jobs, made = [], []
+    for _, name, case, augment, batch, cache, count in rows:
+        count, warm_up = (2, 1) if tiny else (count, max(count // 6, 8))
+        jobs.append((case, folder / f"{name}.tfrecord", batch, count, warm_up))
+        made.append(stream(folder, name, augment, batch, cache))
+    ours: list[list[float]] = [[] for _ in rows]
+    theirs: list[list[float]] = [[] for _ in rows]
+    for _ in range(arguments.repeats):
+        for rates, each, (_, _, batch, count, warm_up) in zip(ours, made, jobs, strict=True):
+            rates.append(rate(each.iterate(pixels="uint8"), batch=batch, count=count, warm_up=warm_up))
+        if arguments.peer_python:
+            arguments.versions["tensorflow"], found = peer_rates(arguments.peer_python, jobs)
+            for rates, one in zip(theirs, found, strict=True):
+                rates.append(one)
     yield "| pipeline | batch | ours, images/s | tf.data, images/s | ratio |"
     yield "|---|---|---|---|---|"
-    for title, name, case, augment, batch, cache, count in rows:
-        count, warm_up = (2, 1) if tiny else (count, max(count // 6, 8))
-        made = stream(folder, name, augment, batch, cache)
-        ours, theirs = [], []
-        record = folder / f"{name}.tfrecord"
-        if arguments.peer_python and not record.exists():
-            convert = [arguments.peer_python, str(PEER), "convert", str(folder / f"{name}.npz"), str(record)]
-            subprocess.run(convert, check=True, capture_output=True, timeout=300)
-        for _ in range(arguments.repeats):
-            ours.append(rate(made.iterate(pixels="uint8"), batch=batch, count=count, warm_up=warm_up))
-            if arguments.peer_python:
-                version, found = peer_rate(arguments.peer_python, case, record, batch, count, warm_up)
-                theirs.append(found)
-                arguments.versions["tensorflow"] = version
-        cells = (_spread(ours), _spread(theirs), _ratio(ours, theirs))
-        yield f"| {title} | {batch} | {' | '.join(cells)} |"
+    for (title, *_), job, mine, other in zip(rows, jobs, ours, theirs, strict=True):
+        yield f"| {title} | {job[2]} | {_spread(mine)} | {_spread(other)} | {_ratio(mine, other)} |"
 
 
 def devices(arguments: argparse.Namespace, folder: pathlib.Path) -> Iterator[str]:
@@ -252,6 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     default = pathlib.Path(__file__).parents[3] / "shared" / "data"
     parser.add_argument("--data_dir", default=os.environ.get("ROBUST_VIT_DATA", str(default)), help="the real images")
     parser.add_argument("--output", default="", help="a markdown file")
+    parser.add_argument("--folder", default="", help="where the prepared images stay, for several runs")
+    parser.add_argument("--prepare_only", action="store_true", help="fill --folder and measure nothing")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--tiny", action="store_true", help="a few made images: a test that it runs")
     arguments = parser.parse_args(argv)
@@ -262,8 +271,10 @@ def main(argv: list[str] | None = None) -> None:
     tfds.disable_progress_bar()
     lines = []
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        prepare(folder, pathlib.Path(arguments.data_dir), tiny=arguments.tiny)
+        folder = pathlib.Path(arguments.folder or name)
+        prepare(folder, arguments)
+        if arguments.prepare_only:
+            return
         for table in (pipelines, devices, augmentations):
             for line in table(arguments, folder):
                 print(line, flush=True)

@@ -90,4 +90,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "convert":
         convert(*sys.argv[2:])
     else:
-        print(f"{tf.__version__} {measure(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))}")
+        print(tf.__version__)
+        for job in sys.argv[2:]:
+            case, path, *numbers = job.split(":")
+            print(measure(case, path, *map(int, numbers)))
