@@ -3,6 +3,9 @@
 A step is written by Orbax into `<step>.partial`, hashed file by file, given a `manifest` and only then renamed to
 `<step>`. So a kill at any moment leaves the steps before it, and a flipped byte anywhere, which Orbax restores without a
 word, is noticed before a value is used.
+
+Of several processes each writes its part of the arrays; process 0 hashes, renames, removes, and decides which step is restored.
+A checkpoint of any number of processes and devices is restored by any other number.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from robust_vit import errors, files, trees
+from robust_vit import errors, files, processes, trees
 
 PyTree = Any
 _logger = logging.getLogger(__name__)
@@ -30,6 +34,7 @@ _PARTIAL = ".partial"
 _DELETED = ".deleted"
 _DAMAGED = ".damaged"
 _BLOCK = 1 << 20
+_NONE_THERE, _NONE_INTACT = -1, -2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +70,14 @@ class Checkpoints:
         self._writer = ocp.StandardCheckpointer()
         self._sealing: threading.Thread | None = None
         self._failure: BaseException | None = None
-        if jax.process_index() == 0:
+        if processes.is_first():
             with files.disk_errors(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._folder.iterdir():
                 # What an earlier process was writing or deleting when it was killed; Orbax adds a suffix of its own.
                 if _PARTIAL in leftover.name or _DELETED in leftover.name:
                     shutil.rmtree(leftover, ignore_errors=True)
+        processes.barrier("checkpoint folder")
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first. They may be damaged: `restore` finds out."""
@@ -88,13 +94,8 @@ class Checkpoints:
         partial = self._folder / f"{step}{_PARTIAL}"
         final = self._folder / str(step)
         with self._write_errors():
-            if final.exists():
-                if find_damage(final) is None:
-                    return
-                # Kept aside: what can be rescued from it is the user's to decide.
-                aside = self._folder / f"{step}{_DAMAGED}"
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(final, aside)
+            if processes.from_first(np.asarray(processes.is_first() and _is_there(final))):
+                return
             self._writer.save(partial, state, force=True)
         content = {"step": step, "metrics": dict(metrics or {}), "arrays": _describe(state)}
         self._sealing = threading.Thread(
@@ -107,6 +108,8 @@ class Checkpoints:
         if self._sealing is not None:
             self._sealing.join()
             self._sealing = None
+            if self._failure is None:
+                processes.barrier("checkpoint")
         failure, self._failure = self._failure, None
         if failure is not None:
             with self._write_errors():
@@ -119,7 +122,7 @@ class Checkpoints:
         finally:
             self._writer.close()
 
-    def restore(self, target: PyTree, *, step: int | None = None) -> Restored | None:
+    def restore(self, target: PyTree, *, step: int | None = None, preferred: int | None = None) -> Restored | None:
         """The newest intact step (or the given one), in the structure, dtypes and shardings of `target`.
 
         A damaged step is named in the log and the next older one is taken.
@@ -127,6 +130,7 @@ class Checkpoints:
         Args:
           target: a pytree of arrays or `jax.ShapeDtypeStruct` with shardings.
           step: restore exactly this step.
+          preferred: restore this step where it is intact, and the newest one otherwise.
 
         Returns:
           None where there is no checkpoint at all.
@@ -135,7 +139,7 @@ class Checkpoints:
           errors.UserError: every step is damaged, or the checkpoint is of another model.
         """
         self.wait()
-        return restore(self._folder, target, step=step)
+        return restore(self._folder, target, step=step, preferred=preferred)
 
     def _metrics(self) -> dict[int, dict[str, float]]:
         found = {}
@@ -149,7 +153,7 @@ class Checkpoints:
     def _seal(self, partial: pathlib.Path, content: dict[str, Any]) -> None:
         try:
             self._writer.wait_until_finished()
-            if jax.process_index() == 0:
+            if processes.is_first():
                 _flush(partial)
                 files.write_bytes(partial / MANIFEST, _encode_manifest({**content, "sha256": _hashes(partial)}))
                 os.replace(partial, self._folder / str(content["step"]))
@@ -179,25 +183,13 @@ def steps(folder: os.PathLike | str) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
 
 
-def restore(folder: os.PathLike | str, target: PyTree, *, step: int | None = None) -> Restored | None:
+def restore(
+    folder: os.PathLike | str, target: PyTree, *, step: int | None = None, preferred: int | None = None
+) -> Restored | None:
     """`Checkpoints.restore` for a folder that is only read."""
     folder = pathlib.Path(folder).absolute()
-    present = steps(folder)
-    wanted = present if step is None else [step]
-    if step is not None and step not in present:
-        raise errors.UserError(f"no checkpoint of step {step} in {folder}: there are {present or 'none'}.")
-    if not wanted:
-        return None
-    for candidate in reversed(wanted):
-        path = folder / str(candidate)
-        damage = find_damage(path)
-        if damage is None:
-            return _read(path, candidate, target)
-        _logger.warning("checkpoint of step %d is damaged (%s): falling back to the step before it", candidate, damage)
-    raise errors.UserError(
-        f"every checkpoint in {folder} is damaged (steps {wanted}): restore the folder from a copy, or remove it to train "
-        "from scratch."
-    )
+    found = _intact(folder, step=step, preferred=preferred)
+    return None if found is None else _read(folder / str(found), found, target)
 
 
 def read_variables(folder: os.PathLike | str) -> PyTree:
@@ -208,13 +200,11 @@ def read_variables(folder: os.PathLike | str) -> PyTree:
     Raises:
       errors.UserError: there is none.
     """
-    for step in reversed(steps(folder)):
-        damage = find_damage(pathlib.Path(folder) / str(step))
-        if damage is None:
-            raw = read_raw(folder, step)
-            return {"params": raw.get("average") or raw["params"], **(raw.get("model_state") or {})}
-        _logger.warning("checkpoint of step %d is damaged (%s): falling back to the step before it", step, damage)
-    raise errors.UserError(f"no intact checkpoint in {folder}: give the folder of a run that has saved one.")
+    step = _intact(pathlib.Path(folder).absolute())
+    if step is None:
+        raise errors.UserError(f"no checkpoint in {folder}: give the folder of a run that has saved one.")
+    raw = read_raw(folder, step)
+    return {"params": raw.get("average") or raw["params"], **(raw.get("model_state") or {})}
 
 
 def read_raw(folder: os.PathLike | str, step: int) -> dict[str, Any]:
@@ -239,6 +229,50 @@ def find_damage(path: os.PathLike | str) -> str | None:
         if written[name] != found[name]:
             return f"{name} has changed"
     return None
+
+
+def _intact(folder: pathlib.Path, *, step: int | None = None, preferred: int | None = None) -> int | None:
+    """The step to restore, the same on every process; None where there is no checkpoint.
+
+    Raises:
+      errors.UserError: the step asked for is not there, or all are damaged.
+    """
+    present = steps(folder)
+    if step is not None and step not in present:
+        raise errors.UserError(f"no checkpoint of step {step} in {folder}: there are {present or 'none'}.")
+    wanted = present[::-1] if step is None else [step]
+    if preferred in wanted:
+        wanted = [preferred, *(other for other in wanted if other != preferred)]
+    found = processes.from_first(np.int32(_first_intact(folder, wanted) if processes.is_first() else 0))
+    if found == _NONE_INTACT:
+        raise errors.UserError(
+            f"every checkpoint in {folder} is damaged (steps {sorted(wanted)}): restore the folder from a copy, or remove it to "
+            "train from scratch."
+        )
+    return None if found == _NONE_THERE else int(found)
+
+
+def _first_intact(folder: pathlib.Path, wanted: list[int]) -> int:
+    for candidate in wanted:
+        damage = find_damage(folder / str(candidate))
+        if damage is None:
+            return candidate
+        _logger.warning(
+            "checkpoint of step %d is damaged (%s): falling back to the newest intact one", candidate, damage
+        )
+    return _NONE_INTACT if wanted else _NONE_THERE
+
+
+def _is_there(final: pathlib.Path) -> bool:
+    """Whether a step is whole on the disk; a damaged one is set aside: what can be rescued from it is the user's to decide."""
+    if not final.exists():
+        return False
+    if find_damage(final) is None:
+        return True
+    aside = final.with_name(f"{final.name}{_DAMAGED}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(final, aside)
+    return False
 
 
 def _read(path: pathlib.Path, step: int, target: PyTree) -> Restored:

@@ -10,13 +10,16 @@ import pathlib
 import platform
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from robust_vit import errors
 
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count.
 _FRACTION = r"\d+(?:\.\d+)?/\d+(?:\.\d+)?"
 
 
@@ -30,6 +33,20 @@ def logger() -> logging.Logger:
         found.setLevel(logging.INFO)
         found.propagate = False
     return found
+
+
+def define_processes() -> None:
+    """The flags of a program that several processes run together; `processes_given` reads them."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes share the work.")
+    flags.DEFINE_integer("processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process", None, "The number of this process, from 0.")
+    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.")
+
+
+def processes_given() -> dict[str, Any]:
+    """What `processes.start` takes, as the flags give it."""
+    given = {name: flags.FLAGS[name].value for name in ("coordinator", "processes", "process")}
+    return {**given, "timeout": flags.FLAGS["start_timeout"].value}
 
 
 def configure_jax() -> None:
@@ -55,17 +72,51 @@ def cache_folder() -> pathlib.Path:
     return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "robust_vit"
 
 
+def check_workdir(workdir: str) -> str:
+    """The workdir, or a `UserError` where it is the address of a bucket: checkpoints are renamed, which needs a file system."""
+    if "://" in workdir:
+        raise errors.UserError(
+            f"workdir={workdir}: expected a folder; mount the bucket (gcsfuse, with hierarchical namespace) on all machines and "
+            "give the mounted path."
+        )
+    return workdir
+
+
 @contextlib.contextmanager
 def one_line_errors(*, debug: bool) -> Iterator[None]:
-    """Prints a user's mistake, and a device out of memory, as one line and exits with 2; `debug` lets the traceback through."""
+    """Prints a user's mistake, and a device out of memory, as one line and exits with 2; `debug` lets the traceback through.
+
+    One of several processes ends at once, whatever the error: the others cannot go on without it, and it may not wait for them.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted; run the same command again to go on.", file=sys.stderr)
+        _exit(EXIT_INTERRUPTED)
     except Exception as error:
         message = _explain(error)
         if debug or message is None:
-            raise
+            if not _joined():
+                raise
+            traceback.print_exc()
+            _exit(1)
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(errors.EXIT_USER_ERROR)
+        _exit(errors.EXIT_USER_ERROR)
+
+
+def _joined() -> bool:
+    # Not imported for this: a mistyped flag answers before JAX is loaded.
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def _exit(code: int) -> None:
+    if _joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -106,10 +157,14 @@ def evaluate_fractions(argv: Sequence[str]) -> list[str]:
 def _explain(error: Exception) -> str | None:
     if isinstance(error, errors.UserError):
         return " ".join(str(error).split())
-    if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error) or isinstance(error, MemoryError):
+    # Not at the top: a mistyped flag is answered without JAX.
+    from robust_vit import programs
+
+    if programs.out_of_memory(error):
         return (
-            f"out of memory ({_first_line(error)[:160]}): lower data.batch, raise train.accumulate, or lower the batch of the "
-            "study; what was finished is kept."
+            f"out of memory ({_first_line(error)[:160]}): in training set train.accumulate=auto, lower data.batch, or set "
+            "sharding=fsdp on several devices; in a study set batch=auto (microbatch=auto of hessian_spectrum). Finished work "
+            "is kept. --plan shows what each part takes."
         )
     if "No space left on device" in str(error):
         return f"no space left ({_first_line(error)[:160]}): free some, then run the same command again; finished work is kept."

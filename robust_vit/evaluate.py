@@ -20,12 +20,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from robust_vit import classifier as classifiers
-from robust_vit import errors, files, progress, report, studies
+from robust_vit import errors, files, mesh, processes, progress, report, studies
 from robust_vit.report import provenance, results
 from robust_vit.studies import foreign
 from robust_vit.studies import study as study_lib
 
 _logger = logging.getLogger(__name__)
+_JOURNAL = "asked.json"
 _SECONDS = "_seconds"  # A chunk's own wall time, kept beside its records and left out of the merge.
 
 
@@ -40,11 +41,12 @@ def run_study(
     directory: os.PathLike | str,
     *,
     stop: Callable[[], bool] = lambda: False,
-) -> results.Result:
+) -> results.Result | None:
     """Runs one study on one model, or goes on with it, or reads it where it is finished.
 
     Each chunk is written to `directory/chunks` as it finishes. The merged records and the summary do not depend on where
-    the study was killed: `examples.npz` and `result.json` have the same bytes.
+    the study was killed: `examples.npz` and `result.json` have the same bytes. Several processes compute each chunk together;
+    process 0 decides what is left to do, and writes.
 
     Args:
       study: a configured study (`robust_vit.studies.build`).
@@ -54,23 +56,26 @@ def run_study(
       stop: polled before each chunk.
 
     Returns:
-      The result as it stands on disk; `.skipped` holds the reason where the study does not apply.
+      The result as it stands on disk; `.skipped` holds the reason where the study does not apply. None on the processes of a
+      job that do not write.
 
     Raises:
       Stopped: `stop` returned True.
     """
     directory = pathlib.Path(directory)
     chunks = directory / "chunks"
+    study = _settle(study, subject, directory)
     asked = files.jsonable(_asked(study, subject))
-    if results.is_finished(directory):
-        difference = _difference(results.read_asked(directory), asked)
-        if not difference:
-            shutil.rmtree(chunks, ignore_errors=True)
-            return results.read(directory, study=study)
-        _logger.warning("%s: the result on disk is of other %s; computing it anew.", label, difference)
-        # The result goes first: what is left without it is not taken for a finished study.
-        (directory / results.RESULT).unlink()
+    if processes.from_first(np.asarray(processes.is_first() and _is_finished(directory, asked, label))):
+        return results.read(directory, study=study) if processes.is_first() else None
     reason = study.applicable(subject)
+    attempts = 0
+    if not reason:
+        if processes.is_first():
+            attempts = _open_chunks(chunks, asked, label)
+        seconds = _run_chunks(study, label, subject, chunks, stop)
+    if not processes.is_first():
+        return None
     if reason:
         _logger.info("%s on %s is skipped: %s.", label, subject.name, reason.rstrip("."))
         shutil.rmtree(chunks, ignore_errors=True)
@@ -79,8 +84,6 @@ def run_study(
             directory, asked=asked, records=None, summary=None, card={}, provenance=circumstances, skipped=reason
         )
         return results.read(directory, study=study)
-    attempts = _open_chunks(chunks, asked, label)
-    seconds = _run_chunks(study, label, subject, chunks, stop)
     parts = [files.read_npz(_chunk(chunks, index)) for index in range(study.chunks(subject))]
     records = study_lib.merge([{key: part[key] for key in part if key != _SECONDS} for part in parts])
     summary = files.jsonable(study.summarise(records))
@@ -98,7 +101,7 @@ def evaluate_runs(
     step: int | Mapping[str, int],
     *,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, dict[str, results.Result]]:
+) -> dict[str, dict[str, results.Result | None]]:
     """Runs every study on every model of a workdir; what is finished is read, not computed.
 
     Args:
@@ -111,7 +114,7 @@ def evaluate_runs(
     Returns:
       run name -> label -> result.
     """
-    found: dict[str, dict[str, results.Result]] = {name: {} for name in subjects}
+    found: dict[str, dict[str, results.Result | None]] = {name: {} for name in subjects}
     total, number = len(subjects) * len(asked), 0
     # Study by study, so that runs of equal shape follow each other while their program is warm.
     for label, study in asked.items():
@@ -233,9 +236,23 @@ def report_card(
     return ReportCard(path, found)
 
 
+def _is_finished(directory: pathlib.Path, asked: Mapping[str, Any], label: str) -> bool:
+    """Whether the result on disk answers what is asked; one of something else is removed."""
+    if not results.is_finished(directory):
+        return False
+    difference = _difference(results.read_asked(directory), asked)
+    if not difference:
+        shutil.rmtree(directory / "chunks", ignore_errors=True)
+        return True
+    _logger.warning("%s: the result on disk is of other %s; computing it anew.", label, difference)
+    # The result goes first: what is left without it is not taken for a finished study.
+    (directory / results.RESULT).unlink()
+    return False
+
+
 def _open_chunks(chunks: pathlib.Path, asked: Mapping[str, Any], label: str) -> int:
     """Makes the chunk folder belong to `asked`, and returns how many attempts there have been."""
-    journal = chunks / "asked.json"
+    journal = chunks / _JOURNAL
     attempts = 1
     if journal.is_file():
         try:
@@ -257,9 +274,10 @@ def _open_chunks(chunks: pathlib.Path, asked: Mapping[str, Any], label: str) -> 
 def _run_chunks(
     study: studies.Study, label: str, subject: studies.Subject, chunks: pathlib.Path, stop: Callable[[], bool]
 ) -> float:
-    """Computes what is missing and returns the seconds that all chunks took, in all attempts."""
+    """Computes what is missing and returns the seconds that all chunks took, in all attempts (on the process that writes)."""
     count = study.chunks(subject)
-    missing = [index for index in range(count) if not _is_whole(_chunk(chunks, index))]
+    whole = [processes.is_first() and _is_whole(_chunk(chunks, index)) for index in range(count)]
+    missing = np.flatnonzero(~processes.from_first(np.asarray(whole, bool))).tolist()
     if len(missing) < count:
         _logger.info("%s on %s goes on at chunk %d of %d.", label, subject.name, count - len(missing) + 1, count)
     durations: list[float] = []
@@ -271,12 +289,15 @@ def _run_chunks(
         records = {key: np.asarray(value) for key, value in study.chunk(subject, index).items()}
         _check_chunk(records, label, index)
         durations.append(time.monotonic() - start)
-        files.write_npz(_chunk(chunks, index), {**records, _SECONDS: np.float64(durations[-1])})
+        if processes.is_first():
+            files.write_npz(_chunk(chunks, index), {**records, _SECONDS: np.float64(durations[-1])})
         if time.monotonic() - last_line > 5.0 and 1 <= done < len(missing) - 1:
             last_line = time.monotonic()
             left = _left(durations, len(missing) - done - 1)
             position = count - len(missing) + done + 1
             _logger.info("%s on %s: %d of %d chunks, about %s left", label, subject.name, position, count, left)
+    if not processes.is_first():
+        return 0.0
     return sum(float(files.read_npz(_chunk(chunks, index))[_SECONDS]) for index in range(count))
 
 
@@ -334,6 +355,25 @@ def _asked(study: studies.Study, subject: studies.Subject) -> dict[str, Any]:
     }
 
 
+def _settle(study: studies.Study, subject: studies.Subject, directory: pathlib.Path) -> studies.Study:
+    """`Study.settle` by what is on the disk; of several processes the first decides."""
+    settled = study.settle(subject, _stored_settings(directory))
+    if settled is study:
+        return study
+    number = processes.from_first(np.int32(getattr(settled, settled.automatic)))
+    return dataclasses.replace(settled, **{settled.automatic: int(number)})
+
+
+def _stored_settings(directory: pathlib.Path) -> Mapping[str, Any] | None:
+    """The settings that a finished or begun study in the folder was asked with; None where there is none to be read."""
+    try:
+        if results.is_finished(directory):
+            return results.read_asked(directory)["settings"]
+        return files.read_json(directory / "chunks" / _JOURNAL)["asked"]["settings"]
+    except (errors.UserError, OSError, KeyError, TypeError):
+        return None
+
+
 def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """The parts of `asked` in which a stored result differs, in words; empty where it is the same."""
     return " and ".join(key.replace("_", " ") for key in asked if stored.get(key) != asked[key])
@@ -366,14 +406,14 @@ def _model_fingerprint(subject: studies.Subject) -> str:
     leaves = jax.tree.leaves(subject.classifier.variables)
     if not leaves:
         # Three digits: a foreign function may differ by rounding from machine to machine.
-        logits = subject.classifier(subject.test.batch(0)["image"])
+        logits = mesh.fetch(subject.classifier(subject.put(subject.test.batch(0)["image"])))
         leaves = [np.round(np.asarray(logits, np.float32), 3) + 0.0]
     return _digest(leaves)
 
 
 def _digest(arrays: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for array in map(np.asarray, arrays):
+    for array in map(mesh.fetch, arrays):
         digest.update(f"{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

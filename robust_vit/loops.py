@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_vit import errors, programs
+
 PyTree = Any
 
 # A convolving loop on a CPU that is part of a larger trace is unrolled up to here: compile time grows with the length.
@@ -69,6 +71,52 @@ def accumulate(function: Callable, batches: PyTree, *operands: PyTree) -> PyTree
     return repeat(step, total, count, batches, *operands)
 
 
+def concatenate(function: Callable, examples: PyTree, *operands: PyTree, size: int) -> PyTree:
+    """`function(examples, *operands)` for a function of each example alone, computed `size` examples at a time.
+
+    The memory of one slice is used again by the next: on a CPU, where fresh memory and full caches cost more than a loop, a
+    gradient of many images takes less time so (measured: tests/benchmarks/results/throughput_cpu.md).
+
+    Args:
+      function: `function(examples, *operands) -> pytree`, every leaf with a row for each example; a part of the compiled
+        program's key, as in `repeat`.
+      examples: every leaf is `[batch, ...]`.
+      *operands: handed to every call unchanged.
+      size: examples at a time; divides the batch.
+
+    Raises:
+      errors.UserError: it does not.
+    """
+    slices = split(examples, size)
+    step = _Filling(function)
+    shapes = jax.eval_shape(step.one, jnp.int32(0), slices, *operands)
+    count = jax.tree.leaves(slices)[0].shape[0]
+    filled = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), shapes)
+    filled = repeat(step, filled, count, slices, *operands, donate=True)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), filled)
+
+
+def split(examples: PyTree, size: int) -> PyTree:
+    """`[batch, ...]` as `[batch / size, size, ...]`, what `accumulate` takes.
+
+    Raises:
+      errors.UserError: `size` does not divide the batch.
+    """
+    batch = jax.tree.leaves(examples)[0].shape[0]
+    if size < 1 or batch % size:
+        raise errors.UserError(f"{batch} examples cannot be taken {size} at a time: choose a divisor of {batch}.")
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), examples)
+
+
+def plan(step: Callable, state: PyTree, length: int, *operands: PyTree, donate: bool = False) -> programs.Program:
+    """The program that `repeat` would run with these arguments, which may be shapes, and how often it would."""
+    if length and jax.default_backend() == "cpu" and convolves(step, state, *operands):
+        arguments = (state, jax.ShapeDtypeStruct((), jnp.int32), operands)
+        return programs.Program("step", _apply_in_place, arguments, times=length, static=(step,), carry=0)
+    function = _scan_in_place if donate else _scan
+    return programs.Program("loop", function, (state, operands), static=(step, length), carry=0)
+
+
 def convolves(step: Callable, state: PyTree, *operands: PyTree) -> bool:
     """Whether one step holds a convolution, read off its jaxpr. The trace is the one that running the step reuses."""
     traced = _apply.trace(step, state, jax.ShapeDtypeStruct((), jnp.int32), operands)
@@ -82,11 +130,28 @@ class _Summing:
     function: Callable
 
     def one(self, index: jax.Array, batches: PyTree, *operands: PyTree) -> PyTree:
-        batch = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batches)
-        return jax.tree.map(_widen, _call(self.function, batch, operands))
+        return jax.tree.map(_widen, _call(self.function, _row(batches, index), operands))
 
     def __call__(self, total: PyTree, index: jax.Array, batches: PyTree, *operands: PyTree) -> PyTree:
         return jax.tree.map(jnp.add, total, self.one(index, batches, *operands))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filling:
+    """A step that writes one slice's results to their place; equal for equal functions."""
+
+    function: Callable
+
+    def one(self, index: jax.Array, slices: PyTree, *operands: PyTree) -> PyTree:
+        return _call(self.function, _row(slices, index), operands)
+
+    def __call__(self, filled: PyTree, index: jax.Array, slices: PyTree, *operands: PyTree) -> PyTree:
+        found = self.one(index, slices, *operands)
+        return jax.tree.map(lambda leaf, row: jax.lax.dynamic_update_index_in_dim(leaf, row, index, 0), filled, found)
+
+
+def _row(tree: PyTree, index: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
 
 
 def _widen(leaf: jax.Array) -> jax.Array:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
+import json
 import sys
-import threading
 import time
 
 from absl import app, flags
@@ -14,7 +13,12 @@ from robust_vit import command_line, errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, results and the report go.")
+PLAN = flags.DEFINE_bool("plan", False, "Print what the configuration would take, and run nothing.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Compile the training step for a TPU pod, for example v5e-64, and run nothing."
+)
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
+command_line.define_processes()
 
 
 def main(_: list[str]) -> int:
@@ -22,31 +26,47 @@ def main(_: list[str]) -> int:
     began = time.monotonic()
     command_line.configure_jax()
     # Imported after the flags are read: `--help` and a mistyped flag answer at once.
-    from robust_vit import evaluate, files, progress, report, runs, settings, train
+    from robust_vit import evaluate, files, planning, processes, progress, report, runs, settings, topology, train
 
-    stopping = threading.Event()
-    # SIGTERM is what schedulers send before they take a machine away: finish the step or the chunk, save, leave.
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    if TOPOLOGY.value:
+        topology.configure(TOPOLOGY.value, alone=not PLAN.value)
     logger = command_line.logger()
-    config = CONFIG.value
+    processes.start(**command_line.processes_given())
+    stop = processes.Stop()
+    config, workdir = CONFIG.value, command_line.check_workdir(WORKDIR.value)
+    given = json.dumps(files.jsonable([config.to_dict(), workdir]), sort_keys=True)
+    processes.check_same({"configuration or workdir": given, "version of the code": processes.code_version()})
     resolved = settings.resolve(config)
-    setups = {name: runs.prepare(run, WORKDIR.value, name) for name, run in resolved.items()}
-    files.write_json(f"{WORKDIR.value}/config.json", config.to_dict())
+    setups = {name: runs.prepare(run, workdir, name) for name, run in resolved.items()}
+    asked = settings.build_studies(next(iter(resolved.values())))
+    if PLAN.value or TOPOLOGY.value:
+        logger.info("planning: every program is compiled, none of the work is done")
+        text = [planning.plan(setups, asked)] if PLAN.value else []
+        text += [topology.plan(setups, TOPOLOGY.value)] if TOPOLOGY.value else []
+        if processes.is_first():
+            print("\n\n".join(text))
+        return 0
+    setups = {name: train.settle(setup) for name, setup in setups.items()}
+    if processes.is_first():
+        files.write_json(f"{workdir}/config.json", config.to_dict())
+    processes.check_shared(workdir)
     try:
-        for setup in setups.values():
-            train.train(setup, stop=stopping.is_set)
         subjects, steps = {}, {}
+        for setup in setups.values():
+            train.train(setup, stop=stop)
         for setup in setups.values():
             found, step = runs.subjects(setup)
             subjects.update(found)
             steps.update(dict.fromkeys(found, step))
-        asked = settings.build_studies(next(iter(resolved.values())))
-        evaluate.evaluate_runs(WORKDIR.value, subjects, asked, steps, stop=stopping.is_set)
+        evaluate.evaluate_runs(workdir, subjects, asked, steps, stop=stop)
     except (train.Stopped, evaluate.Stopped) as stopped:
         logger.warning("%s Run the same command again to go on.", stopped)
+        processes.finish()
         return errors.EXIT_REQUEUE
-    path = report.write([WORKDIR.value], f"{WORKDIR.value}/report")
-    logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), path)
+    if processes.is_first():
+        path = report.write([workdir], f"{workdir}/report")
+        logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), path)
+    processes.finish()
     return 0
 
 

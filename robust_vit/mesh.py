@@ -1,32 +1,62 @@
-"""The device mesh: one `jax.sharding.Mesh` with axes ("data", "model"), the same on one device and on many."""
+"""The device mesh: one `jax.sharding.Mesh` with axes ("data", "model"), the same on one device and on many.
+
+A batch is always split over all devices. Parameters and optimiser state are whole on every device (data parallel), split over
+all of them (fully sharded data parallel, FSDP), or split within groups of devices and repeated between groups: one word,
+`sharding`, says which. Activations are the compiler's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from robust_vit import errors
+from robust_vit import errors, trees
 
 PyTree = Any
 AXES = ("data", "model")
+# An array smaller than this is whole everywhere: to gather it costs more than it saves.
+SMALLEST_SPLIT = 2**14
+WHOLE, LARGEST = "whole", "largest"
 
 
-def make(devices: list[jax.Device] | None = None, *, model: int = 1) -> Mesh:
-    """A mesh over the given devices (all of them by default), `model` of them along the model axis.
+def make(devices: Sequence[jax.Device] | None = None, *, sharding: str = "data") -> Mesh:
+    """A mesh over the given devices (all of them by default).
+
+    Args:
+      devices: in any order; they are ordered by process, so that a process holds consecutive rows of every batch.
+      sharding: "data": parameters whole on every device. "fsdp": split over all devices. "fsdp=N": split over groups of N
+        devices, whole in each group.
 
     Raises:
-      errors.UserError: the number of devices is not divisible by `model`.
+      errors.UserError: another word; groups that do not divide the devices, or larger than the machine.
     """
-    devices = jax.devices() if devices is None else devices
-    if len(devices) % model:
-        raise errors.UserError(f"a model axis of {model} does not divide {len(devices)} devices: choose a divisor.")
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda each: (each.process_index, each.id))
+    group = _group(sharding, len(devices))
     # Auto: the compiler places activations. The default of jax.make_mesh has changed between releases, so it is spelled out.
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh((len(devices) // model, model), AXES, axis_types=types, devices=devices)
+    return Mesh(np.asarray(devices).reshape(-1, group), AXES, axis_types=types)
+
+
+def _group(sharding: str, count: int) -> int:
+    found = re.fullmatch(r"data|fsdp(?:=(\d+))?", str(sharding))
+    if not found:
+        raise errors.UserError(f'sharding={sharding!r}: expected "data", "fsdp" or "fsdp=N".')
+    if sharding == "data":
+        return 1
+    group = count if found.group(1) is None else int(found.group(1))
+    if group < 1 or count % group:
+        divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise errors.UserError(
+            f"sharding={sharding!r}: groups of {group} do not fit {count} devices; choose one of {divisors}, or add devices."
+        )
+    return group
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -35,31 +65,164 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(AXES[0]))
+    """The first axis is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which axis of an array is split over the model axis, by regular expression over its path.
+
+    Attributes:
+      rules: pairs (pattern, axis), tried in order; the first pattern found in the path decides. The axis is a number, "largest"
+        (the largest axis that the devices divide; arrays below `SMALLEST_SPLIT` stay whole) or "whole". A path that no pattern
+        is found in counts as "largest". A path in an optimiser's state ends with that of its parameter.
+    """
+
+    rules: tuple[tuple[str, int | str], ...] = ()
+
+    def __post_init__(self):
+        for rule in self.rules:
+            if not isinstance(rule, tuple | list) or len(rule) != 2:
+                raise errors.UserError(
+                    f'sharding rule {rule!r}: expected a pair (pattern, axis), for example ("mlp/expand/kernel$", 1).'
+                )
+            pattern, axis = rule
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise errors.UserError(f"sharding rule {pattern!r} is no regular expression: {error}.") from error
+            if axis not in (WHOLE, LARGEST) and (not isinstance(axis, int) or isinstance(axis, bool)):
+                raise errors.UserError(
+                    f'sharding rule {pattern!r}: axis {axis!r}; expected a number, "largest" or "whole".'
+                )
+
+    def place(self, mesh: Mesh, tree: PyTree) -> PyTree:
+        """The sharding of every leaf of a tree of arrays or shapes.
+
+        Raises:
+          errors.UserError: a rule whose pattern is in no path, or whose axis is not there or not divisible.
+        """
+        size = mesh.shape[AXES[1]]
+        used = [False] * len(self.rules)
+
+        def one(path: str, leaf: Any) -> NamedSharding:
+            axis: int | str | None = LARGEST
+            for index, (pattern, chosen) in enumerate(self.rules):
+                if re.search(pattern, path):
+                    used[index] = True
+                    axis = _checked(path, leaf.shape, chosen, size)
+                    break
+            if size == 1 or axis == WHOLE:
+                return replicated(mesh)
+            if axis == LARGEST:
+                axis = _largest(leaf.shape, size)
+            if axis is None:
+                return replicated(mesh)
+            axis = axis % len(leaf.shape)
+            return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXES[1]))
+
+        placed = trees.map_with_path(one, tree)
+        for (pattern, _), found in zip(self.rules, used, strict=True):
+            if not found:
+                examples = ", ".join(trees.paths(tree)[:3])
+                raise errors.UserError(
+                    f"sharding rule {pattern!r} matches no parameter left by the rules before it; paths look like {examples}."
+                )
+        return placed
+
+
+def _checked(path: str, shape: tuple[int, ...], axis: int | str, size: int) -> int | str:
+    if isinstance(axis, str):
+        return axis
+    if not shape:
+        return WHOLE  # A counter of the optimiser beside the arrays that the rule means.
+    if not -len(shape) <= axis < len(shape):
+        raise errors.UserError(f"sharding rule: {path} has shape {list(shape)}, and no axis {axis}.")
+    if shape[axis] % size:
+        raise errors.UserError(
+            f"sharding rule: axis {axis} of {path} is {shape[axis]} long, which {size} devices do not divide: choose another."
+        )
+    return axis
+
+
+def _largest(shape: tuple[int, ...], size: int) -> int | None:
+    if np.prod(shape, dtype=np.int64) < SMALLEST_SPLIT:
+        return None
+    divisible = [axis for axis, length in enumerate(shape) if length % size == 0 and length >= size]
+    # The last of equals: the output side of a kernel.
+    return max(divisible, key=lambda axis: (shape[axis], axis), default=None)
 
 
 def check_batch(mesh: Mesh, batch: int, *, name: str) -> None:
-    """Refuses a global batch that the data axis does not divide.
+    """Refuses a global batch that the devices do not divide.
 
     Raises:
       errors.UserError: with the nearest batch that would do.
     """
-    size = mesh.shape[AXES[0]]
-    if batch % size:
+    if batch % mesh.size:
         raise errors.UserError(
-            f"{name}={batch} is not divisible by the {size} devices of the data axis: use {max(size, batch // size * size)}."
+            f"{name}={batch} is not divisible by {mesh.size} devices: use {max(mesh.size, batch // mesh.size * mesh.size)}."
         )
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A global, sharded batch from this process's rows of it."""
+    """A global, split batch from this process's rows of it."""
     sharding = batched(mesh)
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
-    """The tree on every device."""
-    return jax.device_put(tree, replicated(mesh))
+def examples(mesh: Mesh, count: int) -> NamedSharding:
+    """Where `put_global` places so many examples."""
+    return batched(mesh) if count % mesh.size == 0 else replicated(mesh)
+
+
+def put_global(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """Arrays `[examples, ...]` that every process holds whole, split over the devices as a batch is.
+
+    Where the devices do not divide the examples, every device holds all of them: the same numbers, and no gain from the devices.
+    """
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, tree)
+
+    def one(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        sharding = examples(mesh, leaf.shape[0])
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(one, tree)
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """A tree that every process holds whole, placed by a tree of shardings; what is there already stays."""
+
+    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and leaf.sharding == sharding):
+            return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """NumPy arrays of a tree of arrays, wherever their parts are; every process gets all of them."""
+
+    def one(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """What one device holds of a tree of arrays or of shapes with shardings."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from robust_vit import errors
+from robust_vit import errors, programs
 
 # What `configs/vit_b16.py:NAME` fills in. Means and deviations are those of the training pixels, in [0, 1].
 DATA_PRESETS: dict[str, dict[str, Any]] = {
@@ -79,5 +79,5 @@ def shrink(config: ml_collections.ConfigDict) -> None:
         for entry in config.studies.values():
             small = {"examples": 32, "batch": 16, "steps": 3, "mini_batches": 2, "rank": 8, "exhibits": 4}
             for key, value in small.items():
-                if key in entry and (entry[key] is None or entry[key] > value):
+                if key in entry and (entry[key] in (None, programs.AUTO) or entry[key] > value):
                     entry[key] = value

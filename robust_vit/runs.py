@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +14,25 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from robust_vit import checkpoints, classifier, data, errors, files, mesh, models, objectives, settings, studies
+from robust_vit import (
+    checkpoints,
+    classifier,
+    data,
+    errors,
+    files,
+    mesh,
+    models,
+    objectives,
+    processes,
+    programs,
+    settings,
+    studies,
+)
 from robust_vit.training import optimizers, schedules
 from robust_vit.training import state as train_state
 from robust_vit.training import step as train_step
 
 PyTree = Any
-_logger = logging.getLogger(__name__)
 BEST_METRIC = "accuracy"  # On the validation split; decides which checkpoint is the best.
 IDENTITY_FILE = "training.json"  # The keys that decided what was trained.
 
@@ -55,16 +66,27 @@ class Setup:
     replicas: int | None
 
     def fresh_state(self) -> train_state.TrainState:
-        """Initial parameters and optimiser state, compiled as one program; `replicas` seeds of them where asked."""
-        return _fresh_state(
-            self.module, self.spec, _HashedById(self.optimizer), self._metrics(), self._average(), self.keys("init")
+        """Initial parameters and optimiser state, compiled as one program; `replicas` seeds of them where asked.
+
+        Every device computes only what it will hold: a state that does not fit one device never lies on one.
+        """
+        return jax.jit(self._fresh_state, out_shardings=self.state_sharding())(self.keys("init"))
+
+    def abstract_state(self) -> train_state.TrainState:
+        """The shapes and shardings of the state, without compute."""
+        return self._abstract_state
+
+    @functools.cached_property
+    def _abstract_state(self) -> train_state.TrainState:
+        shapes = jax.eval_shape(self._fresh_state, self.keys("init"))
+        placed = mesh.Rules(tuple(self.config.sharding_rules)).place(self.mesh, shapes)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
         )
 
-    def abstract_state(self) -> PyTree:
-        """The shapes of the state, without compute."""
-        shapes = jax.eval_shape(self.fresh_state)
-        sharding = mesh.replicated(self.mesh)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    def state_sharding(self) -> train_state.TrainState:
+        """Where each array of the state lives."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
 
     def keys(self, purpose: str) -> jax.Array:
         """The key of a purpose: one, or one for each replica."""
@@ -85,20 +107,46 @@ class Setup:
             variables = train_state.replica(variables, replica)
         return classifier.Classifier(variables=variables, module=self.module, spec=self.spec)
 
-    def _metrics(self) -> tuple[str, ...]:
-        return (*self.objective().metrics, *train_step.STEP_METRICS)
+    def abstract_classifier(self) -> classifier.Classifier:
+        """The trained model with shapes in place of arrays, placed as they will be: what programs are planned with."""
+        state = self.abstract_state()
+        if self.replicas is None:
+            return self.classifier(state)
 
-    def _average(self) -> bool:
-        return self.config.train.average_decay is not None
+        def first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=leaf.sharding)
+
+        variables = jax.tree.map(first, train_state.variables(state))
+        return classifier.Classifier(variables=variables, module=self.module, spec=self.spec)
+
+    def _fresh_state(self, keys: jax.Array) -> train_state.TrainState:
+        metrics = (*self.objective().metrics, *train_step.STEP_METRICS)
+        average = self.config.train.average_decay is not None
+
+        def one(key):
+            variables = models.init(self.module, self.spec, key)
+            return train_state.create(variables, self.optimizer, metrics=metrics, average=average)
+
+        if not keys.shape:
+            return one(keys)
+        states = jax.vmap(one)(keys)
+        return states._replace(step=states.step[0], window=states.window[0])
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name: str = "main") -> Setup:
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path | str,
+    name: str = "main",
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Setup:
     """Opens the data and builds the model of one run; refuses what cannot work before any compute is spent.
 
     Args:
       config: a resolved configuration (`settings.resolve`).
       workdir: where all runs live.
       name: of this run.
+      devices: that share the work; None is all of them.
 
     Raises:
       errors.UserError: unknown names, data that is not there, a workdir that was trained with another configuration.
@@ -107,7 +155,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name
     folder = pathlib.Path(workdir) / name
     _check_workdir(config, folder)
     settings.build_studies(config)
-    bundle = data.load({**config.data.to_dict(), "seed": config.seed})
+    with processes.first_alone():
+        bundle = data.load({**config.data.to_dict(), "seed": config.seed})
     options = config.model.to_dict()
     for key in ("init", "init_reset"):
         options.pop(key, None)
@@ -125,15 +174,18 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path | str, name
         factor=optimizer_options.pop("factor"),
     )
     optimizer = optimizers.build(optimizer_options.pop("name"), learning_rate=schedule, **optimizer_options)
-    devices = mesh.make()
-    mesh.check_batch(devices, config.data.batch, name="data.batch")
-    mesh.check_batch(devices, config.data.eval_batch, name="data.eval_batch")
-    if config.data.batch % config.train.accumulate:
+    shared = mesh.make(devices, sharding=config.sharding)
+    mesh.check_batch(shared, config.data.batch, name="data.batch")
+    mesh.check_batch(shared, config.data.eval_batch, name="data.eval_batch")
+    parts = config.train.accumulate
+    if parts != programs.AUTO and (not isinstance(parts, int) or parts < 1 or config.data.batch % parts):
         raise errors.UserError(
-            f"train.accumulate={config.train.accumulate} does not divide data.batch={config.data.batch}: choose a divisor."
+            f"train.accumulate={parts!r} does not divide data.batch={config.data.batch}: choose a divisor, or 'auto'."
         )
     replicas = config.replicas if config.replicas > 1 else None
-    return Setup(config, folder, bundle, module, bundle.spec, devices, schedule, optimizer, steps, replicas)
+    setup = Setup(config, folder, bundle, module, bundle.spec, shared, schedule, optimizer, steps, replicas)
+    setup.abstract_state()  # Refuses sharding rules that fit nothing.
+    return setup
 
 
 def restore(setup: Setup, which: str) -> tuple[train_state.TrainState, int]:
@@ -148,14 +200,8 @@ def restore(setup: Setup, which: str) -> tuple[train_state.TrainState, int]:
     """
     keeper = checkpoints.Checkpoints(setup.folder / "checkpoints", keep=setup.config.checkpoint.keep, best=BEST_METRIC)
     with contextlib.closing(keeper):
-        step = keeper.best_step() if which == "best" else None
-        damage = None if step is None else checkpoints.find_damage(setup.folder / "checkpoints" / str(step))
-        if damage is not None:
-            _logger.warning(
-                "the best checkpoint, of step %d, is damaged (%s): taking the newest intact one", step, damage
-            )
-            step = None
-        restored = keeper.restore(setup.abstract_state(), step=step)
+        preferred = keeper.best_step() if which == "best" else None
+        restored = keeper.restore(setup.abstract_state(), preferred=preferred)
     if restored is None:
         raise errors.UserError(f"no checkpoint in {setup.folder / 'checkpoints'}: train the run first.")
     return restored.state, restored.step
@@ -168,21 +214,28 @@ def subjects(setup: Setup) -> tuple[dict[str, studies.Subject], int]:
     found = {}
     for replica in range(setup.replicas or 1):
         name = setup.folder.name if setup.replicas is None else f"{setup.folder.name}.seed{replica}"
-        found[name] = studies.Subject(
-            classifier=setup.classifier(state, replica),
-            test=setup.bundle.test,
-            validation=setup.bundle.validation,
-            train=setup.bundle.train,
-            num_classes=setup.bundle.num_classes,
-            class_names=setup.bundle.class_names,
-            name=name,
-            image_source=setup.bundle.name,
-            threat=config.threat or None,
-            weight_decay=config.optimizer.weight_decay,
-            label_smoothing=config.objective.get("label_smoothing", 0.0),
-            seed=config.seed,
-        )
+        found[name] = subject(setup, setup.classifier(state, replica), name)
     return found, step
+
+
+def subject(setup: Setup, model: classifier.Classifier, name: str) -> studies.Subject:
+    """The model of a run, with the data of that run, as studies want it."""
+    config = setup.config
+    return studies.Subject(
+        classifier=model,
+        test=setup.bundle.test,
+        validation=setup.bundle.validation,
+        train=setup.bundle.train,
+        num_classes=setup.bundle.num_classes,
+        class_names=setup.bundle.class_names,
+        name=name,
+        image_source=setup.bundle.name,
+        threat=config.threat or None,
+        weight_decay=config.optimizer.weight_decay,
+        label_smoothing=config.objective.get("label_smoothing", 0.0),
+        seed=config.seed,
+        mesh=setup.mesh,
+    )
 
 
 def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -191,6 +244,8 @@ def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> N
         return
     stored = settings.flatten(files.read_json(path))
     asked = settings.flatten(files.jsonable(settings.training_identity(config)))
+    if asked["train.accumulate"] == programs.AUTO:
+        asked["train.accumulate"] = stored.get("train.accumulate")  # What was chosen when the run began.
     differing = sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key))
     if differing:
         key = differing[0]
@@ -199,27 +254,3 @@ def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> N
             f"{folder} was trained with {key}={stored.get(key)!r}, and {asked.get(key)!r} is asked for{more}: "
             "choose another --workdir, or the old value."
         )
-
-
-class _HashedById:
-    """An optimiser as a static argument: its functions are closures, equal only to themselves."""
-
-    def __init__(self, optimizer: Any):
-        self.optimizer = optimizer
-
-    def __hash__(self) -> int:
-        return id(self.optimizer)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _HashedById) and other.optimizer is self.optimizer
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _fresh_state(module, spec, optimizer: _HashedById, metrics, average, keys) -> train_state.TrainState:
-    def one(key):
-        return train_state.create(models.init(module, spec, key), optimizer.optimizer, metrics=metrics, average=average)
-
-    if not keys.shape:
-        return one(keys)
-    states = jax.vmap(one)(keys)
-    return states._replace(step=states.step[0], window=states.window[0])

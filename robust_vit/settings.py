@@ -18,7 +18,9 @@ from robust_vit import errors, models, registry, studies
 from robust_vit.training import optimizers, schedules
 
 # Keys that do not change what is trained: a workdir may be continued with other values of them.
-FREE_KEYS = ("studies", "threat", "runs", "log_every", "profile", "checkpoint", "study_step", "resume")
+FREE_KEYS = (
+    "studies", "threat", "runs", "log_every", "profile", "checkpoint", "study_step", "resume", "sharding", "sharding_rules",
+)  # fmt: skip
 FREE_DATA_KEYS = ("data_dir", "test_split", "test_limit", "eval_batch", "cache", "workers")
 
 _TYPES = {"tuple": tuple, "int": int, "float": float, "str": str, "bool": bool}
@@ -34,6 +36,9 @@ def default() -> ml_collections.ConfigDict:
     config.study_step = "best"  # Which checkpoint studies read: "best" on the validation split, or "last".
     config.resume = ""  # Run folder whose newest checkpoint this run starts from, where it has none of its own.
     config.log_every = 50  # Steps.
+    # Where parameters live: "data" (whole on every device), "fsdp" (split over all), "fsdp=N" (split over groups of N).
+    config.sharding = "data"
+    config.sharding_rules = ()  # Pairs (pattern, axis) that come before the default, see `mesh.Rules`.
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "textured_shapes/aligned"  # TFDS name or folder, "textured_shapes/...", "folder=PATH".
@@ -93,7 +98,8 @@ def default() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 10.0
     config.train.steps = ml_collections.config_dict.placeholder(int)  # Takes precedence over epochs.
-    config.train.accumulate = 1  # Parts that a batch is cut into to save memory.
+    # Parts that a batch is cut into to save memory; "auto": as few as let the step fit.
+    config.train.accumulate = ml_collections.config_dict.FieldReference(1, field_type=object)
     config.train.average_decay = ml_collections.config_dict.placeholder(float)  # Of the moving average of parameters.
 
     config.checkpoint = ml_collections.ConfigDict()
@@ -235,7 +241,10 @@ def _fill(
     for name, value, annotation in known:
         if name in hidden:
             continue
-        if value is None:
+        if str(annotation).startswith("int | str"):
+            # A number or "auto": the study says what it accepts.
+            part[name] = ml_collections.config_dict.FieldReference(value, field_type=object)
+        elif value is None:
             # An optional value keeps its type, so that the command line can set it.
             kinds = [_TYPES[word] for word in re.findall(r"\w+", str(annotation)) if word in _TYPES]
             part[name] = ml_collections.config_dict.placeholder(kinds[0] if kinds else object)

@@ -6,16 +6,31 @@ The order of resumption: the run's own newest intact checkpoint, `config.resume`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from clu import parameter_overview
 
-from robust_vit import checkpoints, classifier, errors, files, mesh, progress, runs, settings, trees
+from robust_vit import (
+    checkpoints,
+    classifier,
+    errors,
+    files,
+    mesh,
+    processes,
+    programs,
+    progress,
+    runs,
+    settings,
+    trees,
+)
 from robust_vit.metrics import streaming
 from robust_vit.models import weights
 from robust_vit.training import optimizers
@@ -30,19 +45,78 @@ class Stopped(Exception):
     """Training was asked to stop and has saved where it was."""
 
 
+def settle(setup: runs.Setup) -> runs.Setup:
+    """The set-up with a number in place of `train.accumulate="auto"`.
+
+    The number that the run was begun with, else the smallest power of two for which the step fits in the memory of a device.
+
+    Raises:
+      errors.UserError: single images do not fit either.
+    """
+    if setup.config.train.accumulate != programs.AUTO:
+        return setup
+    batch, size = setup.config.data.batch, setup.mesh.size
+    candidates = [2**n for n in range(batch.bit_length()) if batch % (2**n * size) == 0]
+    path = setup.folder / runs.IDENTITY_FILE
+    if path.exists():
+        candidates = [files.read_json(path)["train"]["accumulate"]]
+    elif len(candidates) > 1:
+        candidates = [
+            programs.choose(candidates, lambda parts: [step_program(_cut(setup, parts))], what="train.accumulate")
+        ]
+    return _cut(setup, candidates[0])
+
+
+def _cut(setup: runs.Setup, parts: int) -> runs.Setup:
+    config = ml_collections.ConfigDict(setup.config.to_dict())
+    with config.ignore_type():
+        config.train.accumulate = parts
+    return dataclasses.replace(setup, config=config.lock())
+
+
+def step_program(setup: runs.Setup) -> programs.Program:
+    """The training step with the shapes that it is called with: lowered and compiled without data, parameters or compute."""
+    shapes = {
+        "image": ((setup.config.data.batch, *setup.bundle.train.image_shape), np.float32),
+        "label": ((setup.config.data.batch,), np.int32),
+    }
+    sharding = mesh.batched(setup.mesh)
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
+    keys = jax.eval_shape(lambda: setup.keys("train"))
+    state = setup.abstract_state()
+    return programs.Program("training step", _compiled_step(setup), (state, batch, keys), times=setup.steps, carry=0)
+
+
+def validation_program(setup: runs.Setup) -> programs.Program | None:
+    """The evaluation of a validation batch with its shapes, as often as the whole of training calls it; None without a split."""
+    stream = setup.bundle.validation
+    if stream is None:
+        return None
+    sharding = mesh.batched(setup.mesh)
+    shapes = {
+        "image": ((stream.batch_size, *stream.image_shape), np.float32),
+        "label": ((stream.batch_size,), np.int32),
+        "mask": ((stream.batch_size,), np.bool_),
+    }
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
+    times = math.ceil(setup.steps / _validate_every(setup)) * len(stream) * (setup.replicas or 1)
+    return programs.Program("validation", _evaluate, (setup.abstract_classifier(), batch), times=times)
+
+
 def train(setup: runs.Setup, *, stop: Callable[[], bool] = lambda: False) -> None:
     """Trains to the last step, or from where an earlier call was cut off; does nothing where training is finished.
 
     Args:
       setup: what `prepare` returned.
-      stop: polled before each step; True saves and raises `Stopped`.
+      stop: polled before each step, by every process alike; True saves and raises `Stopped`.
 
     Raises:
       Stopped: the state is saved; the same call goes on.
       errors.UserError: a metric became non-finite (naming the step and the metric), no space is left.
     """
     config = setup.config
-    files.write_json(setup.folder / runs.IDENTITY_FILE, settings.training_identity(config))
+    if processes.is_first():
+        files.write_json(setup.folder / runs.IDENTITY_FILE, settings.training_identity(config))
     keeper = checkpoints.Checkpoints(setup.folder / "checkpoints", keep=config.checkpoint.keep, best=runs.BEST_METRIC)
     with contextlib.closing(keeper):
         state = _starting_state(setup, keeper)
@@ -65,13 +139,16 @@ def _loop(
 ) -> None:
     config = setup.config
     step_function = _compiled_step(setup)
+    reset_sums = jax.jit(train_state.reset_sums, donate_argnums=0, out_shardings=setup.state_sharding())
     keys = setup.keys("train")
-    every = max(round(config.checkpoint.every_epochs * setup.bundle.train.steps_per_epoch), 1)
+    every = _validate_every(setup)
     trace = progress.Trace(setup.folder / "profile", start=start + config.profile.start, steps=config.profile.steps)
-    batches = setup.bundle.train.iterate(start)
+    batches = setup.bundle.train.of_process(jax.process_index(), jax.process_count()).on_devices(setup.mesh, start)
+    # Collectives between CPU processes may hang when steps pile up (measured with several devices a process).
+    wait = processes.several() and jax.default_backend() == "cpu"
     _logger.info("%s: the first step compiles; that can take a minute", setup.folder.name)
     with (
-        contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext(),
+        contextlib.closing(batches),
         contextlib.closing(trace),
     ):
         for step in range(start + 1, setup.steps + 1):
@@ -83,14 +160,15 @@ def _loop(
             trace.at(step)
             batch = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                images = {"image": batch["image"], "label": batch["label"]}
-                state = step_function(state, mesh.put_batch(setup.mesh, images), keys)
+                state = step_function(state, batch, keys)
+                if wait:
+                    jax.block_until_ready(state)
             last = step == setup.steps
             if step % config.log_every == 0 or last or step == start + 1:
                 _check_finite(state)
             if step % config.log_every == 0 or last:
                 log.train(step, _means(state), learning_rate=float(setup.schedule(step - 1)))
-                state = train_state.reset_sums(state)
+                state = reset_sums(state)
             if step % every == 0 or last:
                 _check_finite(state)
                 metrics = validate(setup, state)
@@ -109,8 +187,8 @@ def validate(setup: runs.Setup, state: train_state.TrainState) -> dict[str, Any]
     variables = train_state.variables(state)
     replicas = range(setup.replicas) if setup.replicas else (None,)
     totals: list[streaming.Sums | None] = [None] * len(replicas)
-    for batch in setup.bundle.validation.iterate():
-        batch = mesh.put_batch(setup.mesh, {name: batch[name] for name in ("image", "label", "mask")})
+    stream = setup.bundle.validation.of_process(jax.process_index(), jax.process_count())
+    for batch in stream.on_devices(setup.mesh):
         for index, replica in enumerate(replicas):
             chosen = variables if replica is None else train_state.replica(variables, replica)
             sums = _evaluate(classifier.Classifier(chosen, setup.module, setup.spec), batch)
@@ -126,6 +204,10 @@ def _evaluate(model: classifier.Classifier, batch: dict[str, jax.Array]) -> stre
     return streaming.classification(model(batch["image"]), batch["label"], batch["mask"])
 
 
+def _validate_every(setup: runs.Setup) -> int:
+    return max(round(setup.config.checkpoint.every_epochs * setup.bundle.train.steps_per_epoch), 1)
+
+
 def _compiled_step(setup: runs.Setup) -> Callable:
     config = setup.config
     step = train_step.build(
@@ -138,7 +220,7 @@ def _compiled_step(setup: runs.Setup) -> Callable:
     return train_step.compile_step(
         step,
         replicas=setup.replicas,
-        state_sharding=mesh.replicated(setup.mesh),
+        state_sharding=setup.state_sharding(),
         batch_sharding=mesh.batched(setup.mesh),
     )
 
@@ -148,9 +230,9 @@ def _starting_state(setup: runs.Setup, keeper: checkpoints.Checkpoints) -> train
     restored = keeper.restore(setup.abstract_state())
     if restored is None and config.resume:
         folder = pathlib.Path(config.resume) / "checkpoints"
-        if not checkpoints.steps(folder):
-            raise errors.UserError(f"resume={config.resume}: no checkpoint in {folder}; give the folder of a run.")
         restored = checkpoints.restore(folder, setup.abstract_state())
+        if restored is None:
+            raise errors.UserError(f"resume={config.resume}: no checkpoint in {folder}; give the folder of a run.")
     if restored is not None:
         _logger.info("%s: going on from step %d of %d", setup.folder.name, restored.step, setup.steps)
         return restored.state
@@ -163,7 +245,7 @@ def _starting_state(setup: runs.Setup, keeper: checkpoints.Checkpoints) -> train
             state = state._replace(average=jax.tree.map(lambda leaf: leaf.copy(), state.params))
     overview = parameter_overview.count_parameters(state.params) // (setup.replicas or 1)
     _logger.info("%s: %s parameters, %d steps", setup.folder.name, f"{overview:,}", setup.steps)
-    return mesh.put_replicated(setup.mesh, state)
+    return mesh.put(state, setup.state_sharding())
 
 
 def _load_variables(path: str, setup: runs.Setup, state: train_state.TrainState) -> PyTree:

@@ -208,20 +208,40 @@ def _scaled(variables, images):
 
 
 class TestMesh:
-    def test_a_batch_that_does_not_divide_names_one_that_does(self):
-        class Four:
-            shape = {"data": 4}
-
-        with pytest.raises(errors.UserError, match=r"data.batch=130 is not divisible by the 4 devices .* use 128"):
-            mesh.check_batch(Four(), 130, name="data.batch")
+    """What needs one device only; the rest is in tests/sharding."""
 
     def test_one_device_is_a_mesh(self):
         devices = mesh.make()
         assert devices.axis_names == ("data", "model")
         batch = mesh.put_batch(devices, {"image": np.zeros((4, 2), np.float32)})
         assert batch["image"].sharding.is_equivalent_to(mesh.batched(devices), 2)
-        with pytest.raises(errors.UserError, match="does not divide"):
-            mesh.make(model=7)
+
+    @pytest.mark.parametrize(
+        ("sharding", "message"),
+        [
+            ("tensor", r"sharding='tensor': expected \"data\", \"fsdp\" or \"fsdp=N\""),
+            ("fsdp=7", r"groups of 7 do not fit 1 devices; choose one of 1, or add devices"),
+            ("fsdp=0", r"groups of 0 do not fit"),
+        ],
+    )
+    def test_a_mesh_that_cannot_be(self, sharding, message):
+        with pytest.raises(errors.UserError, match=message):
+            mesh.make(sharding=sharding)
+
+    @pytest.mark.parametrize(
+        ("rule", "message"),
+        [
+            (("nothing/here", 0), "'nothing/here' matches no parameter .* paths look like dense/bias"),
+            (("kernel", 5), "dense/kernel has shape .* and no axis 5"),
+            (("kernel", "widest"), "axis 'widest'; expected a number"),
+            (("(", 0), "no regular expression"),
+            ("kernel", "expected a pair"),
+        ],
+    )
+    def test_a_rule_that_fits_nothing(self, rule, message):
+        tree = {"dense": {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 3))}}
+        with pytest.raises(errors.UserError, match=message):
+            mesh.Rules((rule,)).place(mesh.make(), tree)
 
 
 class TestProgress:

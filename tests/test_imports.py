@@ -11,11 +11,12 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_vit"
 FLOORS = {
-    1: "classifier losses loops plots mesh checkpoints trees errors files registry tables progress command_line",
+    1: "classifier losses loops plots mesh collectives processes checkpoints trees errors files registry tables progress "
+    "command_line programs",
     2: "attacks corruptions curvature metrics models data",
     3: "training",
     4: "studies objectives",
-    5: "train evaluate report runs settings presets",
+    5: "train evaluate report runs settings presets planning topology",
     6: "main",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
@@ -30,6 +31,11 @@ SAME_FLOOR = {
     ("train", "settings"),
     ("runs", "settings"),
     ("presets", "settings"),
+    ("planning", "report"),
+    ("planning", "runs"),
+    ("planning", "train"),
+    ("topology", "runs"),
+    ("topology", "train"),
 }
 
 

@@ -160,14 +160,3 @@ def test_debug_shows_the_traceback(home, tmp_path):
     code, text = _run(home, "--config=configs/quickstart.py:smok", f"--workdir={tmp_path}/x", "--debug")
     assert code != 0
     assert "Traceback" in text
-
-
-def test_slurm_dry_run_prints_the_job_and_submits_nothing():
-    script = REPOSITORY / "launch" / "slurm.sh"
-    done = subprocess.run(
-        [script, "--dry_run", "--config=a", "--workdir=b c"], capture_output=True, text=True, timeout=20, check=True
-    )
-    assert "srun python -m robust_vit.main --config=a --workdir=b\\ c" in done.stdout
-    assert "--requeue" in done.stdout
-    done = subprocess.run([script, "--dry_run"], capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 2

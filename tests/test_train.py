@@ -105,7 +105,7 @@ def test_a_damaged_best_checkpoint_is_replaced_by_the_newest_intact_one(folder, 
     victim = max((setup.folder / "checkpoints" / str(best)).rglob("*"), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes() + b"x")
     assert runs.restore(setup, "best")[1] == 24
-    assert "the best checkpoint, of step" in caplog.text
+    assert f"checkpoint of step {best} is damaged" in caplog.text
 
 
 def test_without_a_validation_split_the_last_checkpoint_is_read(folder, tmp_path):

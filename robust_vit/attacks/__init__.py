@@ -23,6 +23,7 @@ RunResult = runner.RunResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
 example_keys = runner.example_keys
+programs = skeleton.programs
 run = runner.run
 threat = threats.threat
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from robust_vit import errors, loops, losses
+from robust_vit import programs as compiled
 from robust_vit.attacks import norms
 
 Model = Callable[[jax.Array], jax.Array]
@@ -267,6 +268,24 @@ def advance(state: State, index: jax.Array, attack: Attack, model: Model) -> Sta
     """`attack.step` in the form that `loops.repeat` takes."""
     del index
     return attack.step(model, state)
+
+
+def programs(attack: Attack, model: Model, images: jax.ShapeDtypeStruct) -> list[compiled.Program]:
+    """The compiled programs of `attack(model, keys, images, labels)` with how often each runs, for planning.
+
+    Args:
+      attack: the attack.
+      model: canonical pixels to logits; its arrays may be shapes.
+      images: the shape of the batch.
+    """
+    keys, labels = jax.eval_shape(
+        lambda x: (jax.random.split(jax.random.key(0), len(x)), jnp.zeros(len(x), jnp.int32)), images
+    )
+    start = compiled.Program("start", _init, (attack, keys, images, labels))
+    state = jax.eval_shape(_init, attack, keys, images, labels)
+    step = loops.plan(advance, state, attack.evaluations, attack, model)
+    judged = compiled.beside(state, model)
+    return [start, step, compiled.Program("judge", finish, (attack, model, judged))]
 
 
 @jax.jit

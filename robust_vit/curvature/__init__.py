@@ -19,6 +19,7 @@ Operator = operators.Operator
 asymmetry = operators.asymmetry
 hessian = operators.hessian
 lanczos = krylov.lanczos
+programs = krylov.planned
 
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from robust_vit import errors, loops, trees
+from robust_vit import errors, loops, programs, trees
 from robust_vit.curvature import operators, probes
 
 PyTree = Any
@@ -79,7 +81,7 @@ class Eigenvalues:
 
 def start(operator: operators.Operator, key: Key[Array, ""], *, rank: int) -> Krylov:
     """An empty decomposition with room for `rank` vectors, whose first is drawn from the key."""
-    return _start(operator.like, key, rank)
+    return _start(operator.like, key, rank, _placement(operator.like))
 
 
 def extend(operator: operators.Operator, krylov: Krylov, *, steps: int) -> Krylov:
@@ -166,6 +168,20 @@ def lanczos(
         if vectors:
             found = dataclasses.replace(found, vectors=eigenvectors)
     return dataclasses.replace(found, applications=applications)
+
+
+def planned(operator: operators.Operator, *, rank: int, check_every: int | None = None) -> list[programs.Program]:
+    """The compiled programs of `lanczos` with how often each runs at most, for planning; the operator's arrays may be shapes."""
+    rank = min(rank, trees.count(operator.like))
+    chunk = min(check_every or rank, rank)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    placement = _placement(operator.like)
+    krylov = _start.eval_shape(operator.like, key, rank, placement)
+    if placement is not None:
+        placed = _shardings(krylov, placement)
+        krylov = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), krylov, placed)
+    step = loops.plan(_step, krylov, chunk, operator, donate=True)
+    return [dataclasses.replace(step, times=step.times * -(-rank // chunk))]
 
 
 def _solve(krylov: Krylov, size: int, top: int, which: str, tolerance: float) -> tuple[Eigenvalues, np.ndarray]:
@@ -303,4 +319,26 @@ def _start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
     )
 
 
-_start = jax.jit(_start_like, static_argnums=2)
+def _placement(like: PyTree) -> tuple[NamedSharding, ...] | None:
+    """Where the leaves of `like` lie, if on a mesh: a vector that started elsewhere than it ends would compile twice."""
+    placed = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like))
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(like))
+    return placed if placed and not traced and all(isinstance(one, NamedSharding) for one in placed) else None
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _start(like: PyTree, key: jax.Array, rank: int, placement: tuple[NamedSharding, ...] | None) -> Krylov:
+    krylov = _start_like(like, key, rank)
+    if placement is None:
+        return krylov
+    return jax.lax.with_sharding_constraint(krylov, _shardings(krylov, placement))
+
+
+def _shardings(krylov: Krylov, placement: tuple[NamedSharding, ...]) -> Krylov:
+    """Vectors lie as the leaves of `like` do, and what is small everywhere."""
+    structure = jax.tree.structure(krylov.following)
+    whole = NamedSharding(placement[0].mesh, PartitionSpec())
+    rows = [NamedSharding(one.mesh, PartitionSpec(None, *one.spec)) for one in placement]
+    return jax.tree.map(lambda _: whole, krylov).replace(
+        basis=jax.tree.unflatten(structure, rows), following=jax.tree.unflatten(structure, placement)
+    )

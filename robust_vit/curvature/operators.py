@@ -88,7 +88,7 @@ def hessian(
             raise errors.UserError(
                 f"parameter {path} is {leaf.dtype}: curvature needs float32 or float64 parameters; cast them first."
             )
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in map(jnp.asarray, jax.tree.leaves(batch))}
+    sizes = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise errors.UserError(
             f"the leaves of the batch have leading sizes {sorted(map(str, sizes))}: expected one size, at least 1, for all."

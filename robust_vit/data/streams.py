@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -89,6 +90,12 @@ class TrainingStream:
         for transform in self._augment:
             image = transform(image, np.zeros(transform.draws))
         return image.shape
+
+    def of_process(self, index: int, count: int) -> TrainingStream:
+        """The same stream, of each batch only the rows that process `index` of `count` feeds to its devices."""
+        other = copy.copy(self)
+        other._local, other._offset = _slice_of(self.batch_size, (index, count))
+        return other
 
     def batch(self, step: int) -> Batch:
         """The batch of a step: "image" float32 `[batch, height, width, channels]` in [0, 1], "label", "row" int32 `[batch]`,
@@ -234,6 +241,13 @@ class EvaluationStream:
         other.batch_size = batch
         other.num_examples = _limit(limit, self.num_examples)
         other._local, other._offset = _slice_of(batch, self._shard)
+        return other
+
+    def of_process(self, index: int, count: int) -> EvaluationStream:
+        """The same images (shared in memory), of each batch only the rows that process `index` of `count` feeds."""
+        other = copy.copy(self)
+        other._shard = (index, count)
+        other._local, other._offset = _slice_of(self.batch_size, other._shard)
         return other
 
     def batch(self, index: int) -> Batch:

@@ -21,6 +21,7 @@ from robust_vit.models.weights import load_weights, resize_positions, save_weigh
 __all__ = [
     "MODELS",
     "build",
+    "explicit",
     "init",
     "load_weights",
     "options",
@@ -64,6 +65,11 @@ def build(name: str, *, num_classes: int, **given: Any) -> nn.Module:
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise errors.UserError(f"num_classes is {num_classes!r}: expected a positive whole number.")
     return factory(num_classes=num_classes, **given)
+
+
+def explicit(module: nn.Module) -> nn.Module:
+    """The same model with attention of which every derivative exists, for curvature; the variables are the same."""
+    return module.clone(attention="explicit") if hasattr(module, "attention") else module
 
 
 def init(module: nn.Module, spec: classifier.ImageSpec, key: jax.Array) -> PyTree:

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from robust_vit.models import attention, gating, initializers, positions
-
-EPSILON = 1e-6
+from robust_vit.models import attention, gating, initializers, layers, positions
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -20,16 +18,14 @@ def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def _split_heads(x: jax.Array, count: int, heads: int) -> jax.Array:
-    """`[batch, tokens, count * width]` to `[count, batch, heads, tokens, depth]`."""
-    batch, tokens, _ = x.shape
-    return x.reshape(batch, tokens, count, heads, -1).transpose(2, 0, 3, 1, 4)
+def _split_heads(x: jax.Array, count: int, heads: int) -> list[jax.Array]:
+    """`[batch, tokens, count * width]` to `count` times `[batch, tokens, heads, depth]`."""
+    parts = x.reshape(*x.shape[:2], count, heads, -1)
+    return [parts[:, :, index] for index in range(count)]
 
 
-def _merge_heads(x: jax.Array) -> jax.Array:
-    """`[batch, heads, tokens, depth]` to `[batch, tokens, width]`."""
-    batch, heads, tokens, depth = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * depth)
+def _heads_first(*parts: jax.Array) -> list[jax.Array]:
+    return [part.swapaxes(1, 2) for part in parts]
 
 
 class Mlp(nn.Module):
@@ -49,8 +45,10 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Applied to each token alone."""
         dense = {"kernel_init": initializers.glorot, "dtype": self.dtype}
-        hidden = nn.Dense(self.hidden, name="expand", **dense)(x)
-        return nn.Dense(x.shape[-1], name="contract", **dense)(nn.gelu(hidden, approximate=self.approximate))
+        hidden = layers.Dense(self.hidden, name="expand", **dense)(x)
+        return layers.Dense(x.shape[-1], name="contract", **dense)(
+            nn.gelu(hidden) if self.approximate else layers.gelu(hidden)
+        )
 
 
 class Block(nn.Module):
@@ -69,6 +67,7 @@ class Block(nn.Module):
     dropout: float
     qkv_bias: bool
     approximate_gelu: bool
+    attention: str
     dtype: str
 
     @nn.compact
@@ -78,12 +77,12 @@ class Block(nn.Module):
         """The block's output and its features; `gates` is `[batch or 1, 2]`, `key` decides the dropout or is None."""
         keys = (None, None) if key is None else jax.random.split(key)
         attention_gate, mlp_gate = (None, None) if gates is None else (gates[:, 0], gates[:, 1])
-        normed = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="attention_norm")(x)
+        normed = layers.LayerNorm(self.dtype, name="attention_norm")(x)
         branch, weights = self._attention(normed)
         branch = gating.apply(self._scaled(dropped(branch, self.dropout, keys[0]), "attention_scale"), attention_gate)
         features = {"attention": branch, "attention_weights": weights}
         x = x + branch
-        normed = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="mlp_norm")(x)
+        normed = layers.LayerNorm(self.dtype, name="mlp_norm")(x)
         branch = Mlp(self.mlp_width, self.approximate_gelu, self.dtype, name="mlp")(normed)
         branch = gating.apply(self._scaled(dropped(branch, self.dropout, keys[1]), "mlp_scale"), mlp_gate)
         x = x + branch
@@ -91,7 +90,7 @@ class Block(nn.Module):
 
     def _attention(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         width = x.shape[-1]
-        qkv = nn.Dense(
+        qkv = layers.Dense(
             3 * width,
             use_bias=self.qkv_bias,
             kernel_init=initializers.square_projections,
@@ -104,9 +103,14 @@ class Block(nn.Module):
             allowed = jnp.asarray(
                 attention.neighbourhood(self.grid, window=self.neighbourhood, class_token=self.class_token)
             )
-        mixed, weights = attention.attend(*_split_heads(qkv, 3, self.heads), bias=bias, allowed=allowed)
-        project = nn.Dense(width, kernel_init=initializers.glorot, dtype=self.dtype, name="project")
-        return project(_merge_heads(mixed)), weights
+        parts = _split_heads(qkv, 3, self.heads)
+        if self.attention == "fused":
+            mixed, weights = attention.fused(*parts, bias=bias, allowed=allowed)
+        else:
+            mixed, weights = attention.attend(*_heads_first(*parts), bias=bias, allowed=allowed)
+            mixed = mixed.swapaxes(1, 2)
+        project = layers.Dense(width, kernel_init=initializers.glorot, dtype=self.dtype, name="project")
+        return project(mixed.reshape(x.shape)), weights
 
     def _relative_bias(self) -> jax.Array:
         index, length = positions.relative_offsets(self.grid, class_token=self.class_token)
@@ -139,19 +143,18 @@ class AttentionPooling(nn.Module):
         width = x.shape[-1]
         probe = self.param("probe", initializers.glorot, (1, 1, width)).astype(x.dtype)
         dense = {"kernel_init": initializers.glorot, "dtype": self.dtype}
-        query = nn.Dense(width, use_bias=self.qkv_bias, name="query", **dense)(probe)
-        key_value = nn.Dense(
+        query = layers.Dense(width, use_bias=self.qkv_bias, name="query", **dense)(probe)
+        key_value = layers.Dense(
             2 * width,
             use_bias=self.qkv_bias,
             kernel_init=initializers.square_projections,
             dtype=self.dtype,
             name="key_value",
         )(x)
-        query = jnp.broadcast_to(
-            _split_heads(query, 1, self.heads)[0], (x.shape[0], self.heads, 1, width // self.heads)
-        )
-        mixed, weights = attention.attend(query, *_split_heads(key_value, 2, self.heads))
-        pooled = nn.Dense(width, name="project", **dense)(_merge_heads(mixed))
-        normed = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="mlp_norm")(pooled)
+        (query,) = _heads_first(*_split_heads(query, 1, self.heads))
+        query = jnp.broadcast_to(query, (x.shape[0], *query.shape[1:]))
+        mixed, weights = attention.attend(query, *_heads_first(*_split_heads(key_value, 2, self.heads)))
+        pooled = layers.Dense(width, name="project", **dense)(mixed.swapaxes(1, 2).reshape(x.shape[0], 1, width))
+        normed = layers.LayerNorm(self.dtype, name="mlp_norm")(pooled)
         pooled = pooled + Mlp(self.mlp_width, self.approximate_gelu, self.dtype, name="mlp")(normed)
         return pooled[:, 0], weights

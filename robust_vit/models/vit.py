@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from robust_vit import errors
-from robust_vit.models import gating, initializers, positions, transformer
+from robust_vit.models import gating, initializers, layers, positions, transformer
 
 # width, depth, MLP width, heads: Touvron et al. 2021 (DeiT, arXiv 2012.12877), table 1, for Ti and S; Dosovitskiy et al. 2021,
 # table 1, for B, L and H.
@@ -20,6 +20,7 @@ SIZES = {
     "H": (1280, 32, 5120, 16),
 }
 HEADS = ("class", "gap", "map")
+ATTENTIONS = ("explicit", "fused")
 
 
 class ViT(nn.Module):
@@ -42,6 +43,8 @@ class ViT(nn.Module):
       approximate_gelu: the tanh approximation of the GELU.
       scan: one block's program scanned over stacked parameters: compiles faster, steps about 1.2 times slower.
       remat: recompute the blocks in the backward pass; together with `scan` it saves memory.
+      attention: "explicit", which has every derivative, or "fused": cuDNN's kernel on a GPU, in bfloat16, with first derivatives
+        only (`models.explicit` gives the other); the pooling head is always explicit.
       dtype: "float32" or "bfloat16", what is computed in. Parameters, softmax and logits are float32.
     """
 
@@ -61,6 +64,7 @@ class ViT(nn.Module):
     approximate_gelu: bool = False
     scan: bool = False
     remat: bool = False
+    attention: str = "explicit"
     dtype: str = "float32"
 
     @property
@@ -106,7 +110,7 @@ class ViT(nn.Module):
         x = transformer.dropped(x, self.dropout, None if keys is None else keys[-1])
         features = {"stem": x}
         x = self._blocks(x, grid, gates, keys, features)
-        x = nn.LayerNorm(epsilon=transformer.EPSILON, dtype=self.dtype, name="norm")(x)
+        x = layers.LayerNorm(self.dtype, name="norm")(x)
         features["tokens"] = x
         if self.head == "class":
             x = x[:, 0]
@@ -129,7 +133,7 @@ class ViT(nn.Module):
         grid = (height // self.patch, width // self.patch)
         patches = images.reshape(batch, grid[0], self.patch, grid[1], self.patch, channels).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(batch, grid[0] * grid[1], self.patch * self.patch * channels)
-        x = nn.Dense(self.width, kernel_init=initializers.lecun, dtype=self.dtype, name="embedding")(patches)
+        x = layers.Dense(self.width, kernel_init=initializers.lecun, dtype=self.dtype, name="embedding")(patches)
         if self.head == "class":
             token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, self.width)), x], axis=1)
@@ -169,6 +173,7 @@ class ViT(nn.Module):
             "dropout": self.dropout,
             "qkv_bias": self.qkv_bias,
             "approximate_gelu": self.approximate_gelu,
+            "attention": self.attention,
             "dtype": self.dtype,
         }
         if not self.scan:
@@ -209,6 +214,7 @@ def build(
     approximate_gelu: bool = False,
     scan: bool = False,
     remat: bool = False,
+    attention: str = "explicit",
     dtype: str = "float32",
 ) -> ViT:
     """A `ViT` of a named size ("Ti", "S", "B", "L", "H"), of a custom one, or of a named one with parts replaced.
@@ -239,6 +245,8 @@ def build(
         raise errors.UserError(f"heads={heads} do not divide width={width}: choose a divisor.")
     if head not in HEADS:
         raise errors.unknown("ViT head", head, HEADS)
+    if attention not in ATTENTIONS:
+        raise errors.unknown("attention", attention, ATTENTIONS)
     if position not in positions.KINDS:
         raise errors.unknown("position embedding", position, positions.KINDS)
     if position.startswith("sincos") and width % 4:
@@ -269,5 +277,6 @@ def build(
         approximate_gelu=approximate_gelu,
         scan=scan,
         remat=remat,
+        attention=attention,
         dtype=dtype,
     )

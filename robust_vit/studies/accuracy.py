@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
-from robust_vit import plots, tables
+from robust_vit import plots, programs, tables
 from robust_vit.metrics import classification, statistics
 from robust_vit.studies import forward, study
 
@@ -25,7 +25,7 @@ class Accuracy(study.Study):
     McNemar for accuracy, sign-flip permutation for the others.
 
     Attributes:
-      batch: images a compiled step; one batch is one chunk.
+      batch: images a compiled step; one batch is one chunk; or "auto", as many as the device has use and memory for.
       examples: how many test images, or None for all; the first so many in the order of the data set.
     """
 
@@ -38,7 +38,7 @@ class Accuracy(study.Study):
         "accuracy_by_class": "Accuracy on the images of each class, with 95 % Clopper-Pearson intervals over images",
     }
 
-    batch: int = 256
+    batch: int | str = 256
     examples: int | None = None
 
     def _stream(self, subject: study.Subject) -> Any:
@@ -52,9 +52,13 @@ class Accuracy(study.Study):
         """One forward pass an image, padding included."""
         return len(self._stream(subject)) * self.batch, 0
 
+    def programs(self, subject: study.Subject) -> list[programs.Program]:
+        """The forward pass."""
+        return [forward.program(subject, self.batch, times=self.chunks(subject))]
+
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Label, prediction, confidence, rank of the true class, loss, Brier score and margin of each image."""
-        logits, real = forward.logits(subject.classifier, self._stream(subject).batch(index))
+        logits, real = forward.logits(subject, self._stream(subject).batch(index))
         labels = real["label"].astype(np.int32)
         records = {
             "row": real["row"].astype(np.int32),

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
-from robust_vit import attacks, errors, tables
+from robust_vit import attacks, errors, mesh, programs, tables
 from robust_vit.metrics import classification, statistics
 from robust_vit.studies import attack_figures, forward, study
 
@@ -41,7 +40,7 @@ class AttackCurve(study.Study):
       steps: of iterated attacks.
       restarts: of iterated attacks.
       examples: how many test images, the first in the order of the data set, or None for all.
-      batch: images a compiled step; one batch is one chunk.
+      batch: images a compiled step; one batch is one chunk; or "auto", as many as the device has use and memory for.
       unbounded: also attack without a bound, for the guard.
       exhibits: how many of the first images to keep for the figure, clean and attacked by the last attack at the threat's
         epsilon; they are not selected.
@@ -70,11 +69,12 @@ class AttackCurve(study.Study):
     steps: int = 10
     restarts: int = 1
     examples: int | None = 256
-    batch: int = 64
+    batch: int | str = 64
     unbounded: bool = True
     exhibits: int = 6
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.attacks:
             raise errors.UserError(f"attacks is empty: name at least one of {', '.join(sorted(attacks.ATTACKS))}.")
         for attack in self.attacks:
@@ -92,9 +92,8 @@ class AttackCurve(study.Study):
         """Needs a threat model and a model that can be differentiated."""
         if self.threat is None and subject.threat is None and self.epsilons is None:
             return "no threat model is set: give one such as threat='cifar10/linf-8', or epsilons"
-        image = jax.eval_shape(lambda: jnp.zeros((1, *np.shape(subject.test.batch(0)["image"])[1:]), jnp.float32))
         try:
-            jax.eval_shape(jax.grad(lambda x: subject.classifier(x).sum()), image)
+            jax.eval_shape(jax.grad(lambda x, model: model(x).sum()), forward.images(subject, 1), subject.classifier)
         except errors.UserError:
             raise
         except Exception as error:
@@ -131,13 +130,28 @@ class AttackCurve(study.Study):
         norm, _, curve = self.conditions(subject)
         backward = sum(self._build(name, norm).evaluations for name in self.attacks) * (len(curve) + self.unbounded)
         images = len(self._stream(subject)) * self.batch
-        return images * (backward + len(self.attacks) * (len(curve) + self.unbounded) + 1), images * backward
+        # Each attack judges once; the clean images are looked at once, those of the first chunk twice.
+        judged = len(self.attacks) * (len(curve) + self.unbounded)
+        return images * (backward + judged + 1) + self.batch, images * backward
+
+    def programs(self, subject: study.Subject) -> list[programs.Program]:
+        """The clean forward pass, and start, step and judgement of each attack."""
+        chunks = self.chunks(subject)
+        norm, center, curve = self.conditions(subject)
+        images = forward.images(subject, self.batch)
+        found = [forward.program(subject, self.batch, times=chunks + 1)]
+        for name in self.attacks:
+            attack = self._build(name, norm).replace(epsilon=np.float32(center))
+            for program in attacks.programs(attack, subject.classifier, images):
+                times = program.times * chunks * (len(curve) + self.unbounded)
+                found.append(dataclasses.replace(program, name=f"{name}: {program.name}", times=times))
+        return found
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """For each image and attack: success, distance, loss and passes at every epsilon, the last one unbounded."""
         batch = self._stream(subject).batch(index)
         mask = np.asarray(batch["mask"], bool)
-        logits, real = forward.logits(subject.classifier, batch)
+        logits, real = forward.logits(subject, batch)
         labels = real["label"].astype(np.int32)
         norm, center, curve = self.conditions(subject)
         # A ball that holds all images: at this size only the box [0, 1] bounds the attack.
@@ -152,11 +166,11 @@ class AttackCurve(study.Study):
         }
         # Padding repeats the first row rather than whatever the stream pads with, so that the attack sees real pixels.
         chosen = np.where(mask, np.arange(len(mask)), np.flatnonzero(mask)[0])
-        images, given = jnp.asarray(batch["image"][chosen]), jnp.asarray(batch["label"][chosen], jnp.int32)
-        keys = attacks.example_keys(subject.seed, np.asarray(batch["row"])[chosen])
+        images, given = subject.put((batch["image"][chosen], np.asarray(batch["label"])[chosen].astype(np.int32)))
+        keys = attacks.example_keys(subject.seed, subject.put(np.asarray(batch["row"])[chosen].astype(np.uint32)))
         shown = min(self.exhibits, int(mask.sum())) if index == 0 else 0
         if index == 0:
-            again = forward.logits(subject.classifier, batch)[0]
+            again = forward.logits(subject, batch)[0]
             records["exhibit/deterministic"] = np.asarray([np.array_equal(logits, again)])
             records["exhibit/epsilons"] = curve
             records["exhibit/epsilon"] = np.asarray([center])
@@ -170,7 +184,7 @@ class AttackCurve(study.Study):
             for size in sizes:
                 # Epsilon is a leaf: one compilation serves the whole curve.
                 result = attack.replace(epsilon=np.float32(size))(subject.classifier, keys, images, given)
-                found.append(jax.device_get(result))
+                found.append(mesh.fetch(result))
                 if shown and size == center and name == self.attacks[-1]:
                     records["exhibit/adversarial"] = np.asarray(found[-1].images[:shown], np.float32)
                     records["exhibit/prediction"] = np.asarray(found[-1].prediction[:shown], np.int32)

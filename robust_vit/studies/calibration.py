@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import figure as matplotlib_figure
 from matplotlib import patches
 
-from robust_vit import plots, tables
+from robust_vit import plots, programs, tables
 from robust_vit.metrics import calibration, classification, statistics
 from robust_vit.studies import forward, study
 
@@ -31,7 +31,7 @@ class Calibration(study.Study):
     (Błasiok & Nakkiran 2023). The temperature is fitted on validation images alone (Guo et al. 2017).
 
     Attributes:
-      batch: images a compiled step; one batch is one chunk.
+      batch: images a compiled step; one batch is one chunk; or "auto", as many as the device has use and memory for.
       examples: how many test images, or None for all.
       validation_examples: how many validation images fit the temperature, or None for all.
       bins: of the plug-in, debiased and adaptive errors.
@@ -49,7 +49,7 @@ class Calibration(study.Study):
         ),
     }
 
-    batch: int = 256
+    batch: int | str = 256
     examples: int | None = None
     validation_examples: int | None = None
     bins: int = 10
@@ -69,9 +69,13 @@ class Calibration(study.Study):
             count += len(subject.validation.with_batch(self.batch, limit=self.validation_examples))
         return count * self.batch, 0
 
+    def programs(self, subject: study.Subject) -> list[programs.Program]:
+        """The forward pass, over test and validation images."""
+        return [forward.program(subject, self.batch, times=self.passes(subject)[0] // self.batch)]
+
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Label, prediction, confidence and loss of each image, before and after temperature scaling."""
-        logits, real = forward.logits(subject.classifier, self._stream(subject).batch(index))
+        logits, real = forward.logits(subject, self._stream(subject).batch(index))
         labels = real["label"].astype(np.int32)
         records = {
             "row": real["row"].astype(np.int32),

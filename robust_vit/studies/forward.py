@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_vit import errors
+from robust_vit import errors, mesh, programs
 from robust_vit.metrics import calibration
 from robust_vit.studies import study
 
@@ -22,14 +22,14 @@ def _logits(classifier: Any, images: jax.Array) -> jax.Array:
     return classifier(images).astype(jnp.float32)
 
 
-def logits(classifier: Any, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def logits(subject: study.Subject, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Float32 logits of the real examples of a batch, and the batch without its padding.
 
     Raises:
       UserError: where a logit is not finite, or where the model gives probabilities: either would make wrong numbers.
     """
     mask = np.asarray(batch["mask"], bool)
-    values = np.asarray(_logits(classifier, batch["image"]))
+    values = mesh.fetch(_logits(subject.classifier, subject.put(batch["image"])))
     real = {name: np.asarray(value)[mask] for name, value in batch.items() if name != "mask"}
     if values.ndim != 2:
         raise errors.UserError(f"the model gives outputs of shape {values.shape}: expected logits [batch, classes].")
@@ -53,6 +53,17 @@ def logits(classifier: Any, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray
     return values, real
 
 
+def images(subject: study.Subject, batch: int) -> jax.ShapeDtypeStruct:
+    """The shape of a batch of the subject's images, from at most one of them."""
+    shape = getattr(subject.test, "image_shape", None) or np.shape(subject.test.with_batch(1).batch(0)["image"])[1:]
+    return subject.shape((batch, *shape), jnp.float32)
+
+
+def program(subject: study.Subject, batch: int, *, times: int) -> programs.Program:
+    """The program of `logits` on batches of this size, for planning; the subject's arrays may be shapes."""
+    return programs.Program("forward", _logits, (subject.classifier, images(subject, batch)), times=times)
+
+
 def class_names(subject: study.Subject) -> np.ndarray:
     """One name a class, as an array of text; the index where the data set names none."""
     names = subject.class_names or tuple(str(index) for index in range(subject.num_classes))
@@ -69,7 +80,7 @@ def temperature(subject: study.Subject, *, batch: int, limit: int | None) -> cal
     known = _temperatures.setdefault(subject, {})
     if (batch, limit) not in known:
         stream = subject.validation.with_batch(batch, limit=limit)
-        parts = [logits(subject.classifier, stream.batch(index)) for index in range(len(stream))]
+        parts = [logits(subject, stream.batch(index)) for index in range(len(stream))]
         values = np.concatenate([part for part, _ in parts])
         labels = np.concatenate([real["label"] for _, real in parts])
         known[batch, limit] = calibration.fit_temperature(values, labels)

@@ -15,12 +15,13 @@ import scipy.stats
 from matplotlib import figure as matplotlib_figure
 from matplotlib import ticker
 
-from robust_vit import curvature, errors, losses, plots, tables, trees
+from robust_vit import curvature, errors, losses, plots, programs, tables, trees
 from robust_vit.attacks import skeleton
 from robust_vit.metrics import statistics
-from robust_vit.studies import study
+from robust_vit.studies import forward, study
 
 _PURPOSE = 0x68657373  # "hess": keeps the starting vectors apart from every other draw under the same seed.
+_CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class HessianSpectrum(study.Study):
       tolerance: relative residual at which a value counts as converged.
       label_smoothing: of the loss, or None for the subject's.
       weight_decay: of the L2 term, or None for the subject's.
-      microbatch: images differentiated at a time, or None for the mini-batch at once.
+      microbatch: images differentiated at a time; None for the mini-batch at once; or "auto", as many as there is memory for.
     """
 
     name: ClassVar[str] = "hessian_spectrum"
@@ -76,6 +77,8 @@ class HessianSpectrum(study.Study):
         ),
     }
 
+    automatic: ClassVar[str] = "microbatch"
+
     batch: int = 16
     mini_batches: int = 10
     top: int = 5
@@ -83,12 +86,16 @@ class HessianSpectrum(study.Study):
     tolerance: float = 1e-2
     label_smoothing: float | None = None
     weight_decay: float | None = None
-    microbatch: int | None = None
+    microbatch: int | str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("batch", "mini_batches", "top", "rank"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(f"{name} is {getattr(self, name)}: expected a whole number from 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                # The mini-batch is what is measured, so memory cannot choose it: it chooses the part differentiated at a time.
+                hint = ' (microbatch="auto" is what saves memory here)' if value == programs.AUTO else ""
+                raise errors.UserError(f"{name} is {value!r}: expected a whole number from 1{hint}.")
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs parameters and a training stream."""
@@ -104,25 +111,59 @@ class HessianSpectrum(study.Study):
         return self.mini_batches
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
-        """Each Hessian-vector product counts as two forward and two backward passes an image."""
+        """At most: each Hessian-vector product counts as two forward and two backward passes an image; the loss is one more."""
         del subject
-        return (2 * self.mini_batches * self.rank * self.batch,) * 2
+        products = 2 * self.mini_batches * self.rank * self.batch
+        return products + self.mini_batches * self.batch, products
+
+    def most(self, subject: study.Subject) -> int:
+        """The mini-batch."""
+        del subject
+        return self.batch
+
+    def programs(self, subject: study.Subject) -> list[programs.Program]:
+        """Lanczos over the Hessian of a mini-batch, and its loss."""
+        shape = (
+            subject.train.image_shape if hasattr(subject.train, "image_shape") else forward.images(subject, 1).shape[1:]
+        )
+        batch = {
+            "image": subject.shape((self.batch, *shape), jnp.float32),
+            "label": subject.shape((self.batch,), jnp.int32),
+        }
+        classifier = skeleton.in_float32(subject.classifier)
+        loss = self._loss(subject)
+        operator = self._operator(subject, classifier, batch)
+        steps = curvature.programs(operator, rank=self.rank, check_every=min(_CHECK_EVERY, self.rank))
+        value = programs.Program("loss", _value, (classifier, batch), times=1, static=(loss,))
+        return [dataclasses.replace(one, times=one.times * self.mini_batches) for one in (*steps, value)]
+
+    def _loss(self, subject: study.Subject) -> MeanLoss:
+        return MeanLoss(float(subject.label_smoothing if self.label_smoothing is None else self.label_smoothing))
+
+    def _decay(self, subject: study.Subject) -> float:
+        return float(subject.weight_decay if self.weight_decay is None else self.weight_decay)
+
+    def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
+        loss, decay = self._loss(subject), self._decay(subject)
+        return curvature.hessian(
+            loss, classifier.params, batch, classifier, microbatch=self.microbatch, weight_decay=decay
+        )
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Eigenvalues, residuals and the loss of one mini-batch: one record."""
         batch = _examples(subject.train, index * self.batch, self.batch)
         # Half precision would make every small eigenvalue noise, so the float32 twin is what is differentiated.
         classifier = skeleton.in_float32(subject.classifier)
-        smoothing = subject.label_smoothing if self.label_smoothing is None else self.label_smoothing
-        decay = subject.weight_decay if self.weight_decay is None else self.weight_decay
-        loss = MeanLoss(float(smoothing))
-        inputs = {"image": jnp.asarray(batch["image"]), "label": jnp.asarray(batch["label"])}
-        operator = curvature.hessian(
-            loss, classifier.params, inputs, classifier, microbatch=self.microbatch, weight_decay=float(decay)
-        )
+        inputs = subject.put({"image": batch["image"], "label": batch["label"]})
+        operator = self._operator(subject, classifier, inputs)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index)
         found = curvature.lanczos(
-            operator, key, rank=self.rank, top=self.top, tolerance=self.tolerance, check_every=min(10, self.rank)
+            operator,
+            key,
+            rank=self.rank,
+            top=self.top,
+            tolerance=self.tolerance,
+            check_every=min(_CHECK_EVERY, self.rank),
         )
         return {
             "row": np.asarray([index], np.int32),
@@ -133,8 +174,8 @@ class HessianSpectrum(study.Study):
             "converged": np.asarray(found.converged, bool)[None],
             "noise": np.asarray([found.noise], np.float64),
             "applications": np.asarray([found.applications], np.int32),
-            "loss": np.asarray([_value(loss, classifier, inputs)], np.float64),
-            "weight_decay": np.asarray([decay], np.float64),
+            "loss": np.asarray([_value(self._loss(subject), classifier, inputs)], np.float64),
+            "weight_decay": np.asarray([self._decay(subject)], np.float64),
             "parameters": np.asarray([trees.count(classifier.params)], np.int64),
         }
 

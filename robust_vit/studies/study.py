@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from matplotlib import figure as matplotlib_figure
 
 from robust_vit import classifier as classifiers
-from robust_vit import errors, tables
+from robust_vit import errors, programs, tables
+from robust_vit import mesh as meshes
 from robust_vit.metrics import statistics
 
 EXHIBIT = "exhibit/"
@@ -33,6 +36,7 @@ class Subject:
       weight_decay: the coefficient of the L2 term of the objective that the model was trained with.
       label_smoothing: share of the training target spread over all classes.
       seed: of every draw that a study makes.
+      mesh: the devices that share the work, or None for JAX's default device.
     """
 
     classifier: classifiers.Classifier | classifiers.Wrapped
@@ -47,6 +51,16 @@ class Subject:
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     seed: int = 0
+    mesh: Mesh | None = None
+
+    def put(self, arrays: Any) -> Any:
+        """Arrays `[examples, ...]` on the subject's devices, split over them; the same call on every process."""
+        return meshes.put_global(self.mesh, arrays)
+
+    def shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """What `put` makes of an array of this shape, for planning."""
+        sharding = None if self.mesh is None else meshes.examples(self.mesh, shape[0])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,6 +117,7 @@ class Study:
       question: the question that it answers, in a sentence for a reader who knows no jargon.
       paper: authors, year and arXiv id of what it reproduces.
       captions: of its figures by name: what is drawn, in words.
+      automatic: the setting that may be "auto": a number is then chosen from the memory of the device (`settle`).
     """
 
     name: ClassVar[str]
@@ -110,6 +125,13 @@ class Study:
     question: ClassVar[str]
     paper: ClassVar[str]
     captions: ClassVar[Mapping[str, str]] = {}
+    automatic: ClassVar[str] = "batch"
+
+    def __post_init__(self):
+        value = getattr(self, self.automatic, None)
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is not None and value != programs.AUTO and not is_count:
+            raise errors.UserError(f"{self.automatic} is {value!r}: expected a whole number from 1, or 'auto'.")
 
     def settings(self) -> dict[str, Any]:
         """The settings as a plain dict with the study's `name`; equal settings give equal records."""
@@ -136,6 +158,42 @@ class Study:
         """Forward and backward passes of one example that the whole study will execute, for planning."""
         del subject
         return 0, 0
+
+    def programs(self, subject: Subject) -> list[programs.Program]:
+        """The compiled programs of the whole study with how often each runs, for planning; the subject's arrays may be shapes."""
+        del subject
+        return []
+
+    def most(self, subject: Subject) -> int:
+        """The largest number that makes sense for the automatic setting: the examples that there are."""
+        limit = getattr(self, "examples", None)
+        return min(subject.test.num_examples, limit or subject.test.num_examples)
+
+    def settle(self, subject: Subject, stored: Mapping[str, Any] | None = None) -> Study:
+        """This study with a number in place of "auto", the same on each machine of one kind.
+
+        It is the largest power of two whose programs fit in the memory of a device, up to `most`, and up to where a call is
+        enough work (`robust_vit.programs.ENOUGH`) that a larger one is no faster an image. The number is then a setting as if it
+        had been written down.
+
+        Args:
+          subject: what the study will look at.
+          stored: the settings of an earlier part of the same study, whose number is kept.
+
+        Raises:
+          errors.UserError: not even 1 fits.
+        """
+        if getattr(self, self.automatic, None) != programs.AUTO or self.applicable(subject) is not None:
+            return self
+        kept = (stored or {}).get(self.automatic)
+        if isinstance(kept, int):
+            return dataclasses.replace(self, **{self.automatic: kept})
+
+        def build(number: int) -> list[programs.Program]:
+            return dataclasses.replace(self, **{self.automatic: number}).programs(subject)
+
+        number = programs.choose_batch(build, most=self.most(subject), what=f"{self.name}: {self.automatic}")
+        return dataclasses.replace(self, **{self.automatic: number})
 
     def summarise(self, records: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Every scalar with its interval, as plain JSON; `caveats` lists what a reader must know, in sentences."""

@@ -125,7 +125,7 @@ def compile_step(
     Args:
       step: what `build` returned.
       replicas: train this many seeds at once: state (but for its counters) and keys have a leading axis, the batch is shared.
-      state_sharding: where the state lives; None leaves it to JAX.
+      state_sharding: where the state lives, one sharding or a tree of them; None leaves it to JAX.
       batch_sharding: where the batch lives.
     """
     if replicas is not None:
@@ -133,5 +133,5 @@ def compile_step(
         step = jax.vmap(step, in_axes=(axes, None, 0), out_axes=axes)
     shardings = {}
     if state_sharding is not None:
-        shardings = {"in_shardings": (state_sharding, batch_sharding, state_sharding), "out_shardings": state_sharding}
+        shardings = {"in_shardings": (state_sharding, batch_sharding, None), "out_shardings": state_sharding}
     return jax.jit(step, donate_argnums=0, **shardings)

@@ -1,0 +1,221 @@
+"""How fast the models are: `python tests/benchmarks/throughput.py --suite=cpu` or `--suite=accelerator`; prints a table.
+
+`cpu` compares forward, input gradient, parameter gradient and Hessian-vector product (forward over reverse), float32, with torch on
+the same weights, in one run: torch lives in a process of its own (`--peer_python`), idle while this one computes, and the two take
+turns. Beside each row stand the time of its matrix products alone in XLA, their count of operations, and the compile time.
+
+`accelerator` reports the share of the machine's own matrix-product rate that training, forward, PGD step and Hessian-vector product
+reach in bfloat16 (`accelerator.py`).
+
+`--tiny` shrinks all models: a check that the script works, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+import accelerator
+import jax
+import jax.numpy as jnp
+import numpy as np
+import passes
+
+from robust_vit import classifier, loops, models
+
+# Model, its options, images, side, classes, images at a time of the sliced rows.
+ROWS = {
+    "ViT-S/16": ("vit", {"size": "S"}, 8, 224, 1000, 4),
+    "ViT-Ti/16": ("vit", {"size": "Ti"}, 64, 224, 1000, 8),
+    "ResNet-20": ("resnet", {"depth": 20}, 128, 32, 10, 16),
+}
+TINY_ROWS = {
+    "ViT-tiny": ("vit", {"width": 32, "depth": 1, "heads": 2, "patch": 4}, 4, 8, 10, 2),
+    "ResNet-20": ("resnet", {"depth": 20}, 4, 8, 10, 2),
+}
+HEADER = (
+    "| model, batch | pass | ours, ms | ours in slices | torch | torch in slices | ratio | best to best | products alone, ms "
+    "| GFLOP | compile, s |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+class Torch:
+    """The other process, that answers one request at a time."""
+
+    def __init__(self, python: str):
+        script = str(pathlib.Path(__file__).with_name("peers.py"))
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([python, script], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+
+    def ask(self, **request) -> dict:
+        """The answer; exits with the request where there is none."""
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"the torch process ended at {request}: has its Python torch and transformers (--peer_python)?")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+class Ours:
+    """A row's model with the weights that torch has, and its passes over the whole batch and in slices."""
+
+    def __init__(self, row: tuple, weights: str, batch: tuple):
+        name, given, _, side, classes, self.size = row
+        self.module = models.build(name, num_classes=classes, **given)
+        spec = classifier.ImageSpec(size=(side, side), channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+        shapes = jax.eval_shape(lambda key: models.init(self.module, spec, key), jax.random.key(0))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        self.variables = models.load_weights(weights, zeros)
+        self.vector = passes.like(self.variables["params"])
+        self.batch = batch
+
+    def compile(self, name: str) -> tuple[passes.Pass, float]:
+        """A pass, and how long tracing and compiling it takes from nothing."""
+        function = passes.Pass(self.module, name)
+        begin = time.perf_counter()
+        self.compiled = jax.jit(function).lower(self.batch, self.variables, self.vector).compile()
+        return function, time.perf_counter() - begin
+
+    def whole(self):
+        """The pass over the batch at once."""
+        return self.compiled(self.batch, self.variables, self.vector)
+
+    def sliced(self, function: passes.Pass):
+        """The pass over a slice of the batch after the other, as attacks and curvature do it that are told a slice."""
+        if function.name in ("forward", "input_gradient"):
+            return loops.concatenate(function, self.batch, self.variables, self.vector, size=self.size)
+        return loops.accumulate(function, loops.split(self.batch, self.size), self.variables, self.vector)
+
+
+def compare(
+    rows: dict, chosen: list[str], torch: Torch, *, rounds: int, calls: int, resnet_weights: str | None
+) -> None:
+    """Prints a line for each pass of each row."""
+    for label, row in rows.items():
+        name, _, count, side, classes, size = row
+        draw = np.random.default_rng(0)
+        images = draw.standard_normal((count, side, side, 3)).astype(np.float32)
+        labels = draw.integers(0, classes, count).astype(np.int32)
+        with tempfile.TemporaryDirectory() as folder:
+            files = {each: f"{folder}/{each}.npy" for each in ("images", "labels")}
+            np.save(files["images"], images)
+            np.save(files["labels"], labels)
+            weights = f"{folder}/weights.npz"
+            if name == "resnet" and resnet_weights:
+                weights = resnet_weights
+            found = torch.ask(do="build", model=name, given=_shape(row), weights=weights, **files)
+            ours = Ours(row, weights, (jnp.asarray(images), jnp.asarray(labels)))
+        for each in chosen:
+            _line(label, each, ours, torch, found["variants"], size, count, rounds, calls)
+
+
+def _line(label, name, ours, torch, variants, size, count, rounds, calls):
+    function, compile_time = ours.compile(name)
+    if name == "forward":
+        theirs = np.asarray(torch.ask(do="logits", variant=variants[0])["logits"])
+        worst = np.abs(np.asarray(ours.whole()) - theirs).max() / np.abs(theirs).max()
+        print(f"<!-- {label}: logits differ by {worst:.1e} of the largest -->", flush=True)
+        if not worst < 1e-4:
+            sys.exit(
+                f"{label}: logits differ from torch's by {worst:.1e} of the largest, so the models are not the same."
+            )
+    request = {"do": "time", "pass": name}
+    tried = {
+        (variant, part): torch.ask(**request, variant=variant, slice=part, calls=2)
+        for variant in variants
+        for part in (None, size)
+    }
+    fastest = {}
+    for part in (None, size):
+        times = {key: min(found["seconds"]) for key, found in tried.items() if key[1] == part and "seconds" in found}
+        fastest[part] = min(times, key=times.get)[0]
+    functions = {"ours": ours.whole, "ours in slices": lambda: ours.sliced(function)}
+    times = {key: [] for key in (*functions, "torch", "torch in slices")}
+    for one in functions.values():
+        passes.seconds(one, 1)
+    for _ in range(rounds):
+        for key, one in functions.items():
+            times[key] += passes.seconds(one, calls)
+        for key, part in (("torch", None), ("torch in slices", size)):
+            times[key] += torch.ask(**request, variant=fastest[part], slice=part, calls=calls)["seconds"]
+    least = {key: min(values) for key, values in times.items()}
+    best = min(least["ours"], least["ours in slices"]) / min(least["torch"], least["torch in slices"])
+    arguments = (ours.batch, ours.variables, ours.vector)
+    cells = (
+        f"{label}, {count}",
+        name.replace("_", " "),
+        *(passes.summary(times[key]) for key in functions),
+        f"{passes.summary(times['torch'])} {fastest[None]}".strip(),
+        f"{passes.summary(times['torch in slices'])} {fastest[size]}".strip(),
+        f"{least['ours'] / least['torch']:.2f}",
+        f"{best:.2f}",
+        f"{1e3 * passes.floor(function, *arguments):,.0f}",
+        f"{passes.flops(function, *arguments) / 1e9:,.1f}",
+        f"{compile_time:.1f}",
+    )
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def _shape(row: tuple) -> dict:
+    """What torch's ViT is made from."""
+    name, given, _, side, classes, _ = row
+    if name != "vit":
+        return {}
+    module = models.build(name, num_classes=classes, **given)
+    shared = {key: getattr(module, key) for key in ("width", "depth", "heads", "mlp_width", "patch")}
+    return {**shared, "size": side, "classes": classes}
+
+
+def _processor() -> str:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+
+
+def main() -> None:
+    """Reads the flags and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=("cpu", "accelerator"), default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="shrunken models: checks the script")
+    parser.add_argument("--rows", help="comma-separated names of models; all by default")
+    parser.add_argument("--passes", default=",".join(passes.PASSES), help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--calls", type=int, default=2, help="calls in a turn")
+    parser.add_argument("--peer_python", default=sys.executable, help="a Python that has torch and transformers")
+    parser.add_argument("--resnet_weights", help="an .npz of a trained ResNet-20; random weights without it")
+    flags = parser.parse_args()
+    if flags.suite == "accelerator":
+        accelerator.report(tiny=flags.tiny, rows=flags.rows.split(",") if flags.rows else None)
+        return
+    rows = TINY_ROWS if flags.tiny else ROWS
+    if flags.rows:
+        rows = {label: rows[label] for label in flags.rows.split(",")}
+    torch = Torch(flags.peer_python)
+    version = torch.ask(do="version")
+    print(f"{_processor()}; jax {jax.__version__}, torch {version['torch']} ({version['threads']} threads)")
+    print("Milliseconds: least / median." + f"\n\n{HEADER}", flush=True)
+    compare(
+        rows,
+        flags.passes.split(","),
+        torch,
+        rounds=flags.rounds,
+        calls=flags.calls,
+        resnet_weights=flags.resnet_weights,
+    )
+    torch.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Two processes of one device each: the same training and studies as one process, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from robust_vit import errors, processes, progress
+
+ROOT = pathlib.Path(__file__).parents[1]
+LIMIT = 240  # Seconds after which whatever still runs is killed; nothing here takes a quarter of it.
+CONFIG = '''
+"""A ViT that trains for seconds."""
+
+from robust_vit import settings
+
+
+def get_config():
+    config = settings.default()
+    config.data.update({"name": "textured_shapes/grey", "batch": 16, "eval_batch": 32, "train_limit": 96, "test_limit": 40})
+    with config.unlocked():
+        config.model = settings.model("vit", width=64, depth=1, heads=2, mlp_width=256, patch=8, stochastic_depth=0.1)
+        config.studies = {
+            "accuracy": settings.study("accuracy", batch=16),
+            "attack_curve": settings.study(
+                "attack_curve", attacks=("pgd",), steps=2, multiples=(0.25, 1.0), examples=24, batch=8, unbounded=False
+            ),
+            "hessian_spectrum": settings.study("hessian_spectrum", mini_batches=1, rank=4, top=2, batch=16),
+        }
+    config.threat = "textured_shapes/linf-8"
+    config.train.steps = 60
+    config.checkpoint.every_steps = 5
+    config.log_every = 1
+    return config
+'''
+
+
+def _environment(cache: pathlib.Path, **more: str) -> dict[str, str]:
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ROBUST_VIT_CO", "ROBUST_VIT_PRO"))
+    }
+    return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), **more}
+
+
+def _main(config: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "robust_vit.main", f"--config={config}", f"--workdir={workdir}", *flags]
+
+
+class _Job:
+    """A program that is killed with all its children at the end of the block."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: pathlib.Path, cwd: pathlib.Path = ROOT):
+        self._command, self._environment, self._log, self._cwd = command, environment, log, cwd
+
+    def __enter__(self):
+        self._file = open(self._log, "w", encoding="utf-8")
+        self._popen = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            cwd=self._cwd,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *_):
+        if self._popen.poll() is None:
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+        self._file.close()
+
+    def wait(self) -> tuple[int, str]:
+        """The exit code and what was printed."""
+        code = self._popen.wait(timeout=LIMIT)
+        return code, self._log.read_text(encoding="utf-8")
+
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+
+def _worker(workdir: pathlib.Path, number: int) -> int:
+    """The process id of a worker, found by its environment."""
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_text().split("\0")
+            found = f"ROBUST_VIT_PROCESS={number}" in (path / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        if found and f"--workdir={workdir}" in command and "robust_vit.main" in command:
+            return int(path.name)
+    raise AssertionError(f"worker {number} is not running")
+
+
+def _until_step(job: _Job, workdir: pathlib.Path, step: int) -> None:
+    path, deadline = workdir / "main" / "metrics.jsonl", time.monotonic() + LIMIT
+    while not any(line["step"] >= step for line in progress.read(path)):
+        assert job.running(), job.wait()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/environ").exists(), reason="finds the workers by /proc")
+def test_two_processes_stopped_and_killed_end_where_one_does(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    one, two = tmp_path / "one", tmp_path / "two"
+    environment = _environment(tmp_path / "cache")
+    with _Job(_main(config, one), environment, tmp_path / "one.log") as job:
+        code, text = job.wait()
+        assert code == 0, text[-3000:]
+
+    launcher = [sys.executable, str(ROOT / "launch" / "local_processes.py"), "--processes=2"]
+    flags = _main(config, two, "--config.sharding=fsdp")[3:]
+    with _Job([*launcher, *flags], environment, tmp_path / "stopped.log") as job:
+        _until_step(job, two, 8)
+        os.kill(_worker(two, 1), signal.SIGTERM)  # One is told to leave; all save the same step and leave.
+        code, text = job.wait()
+        assert code == errors.EXIT_REQUEUE, text[-3000:]
+        assert "it is saved" in text
+    saved = max(line["step"] for line in progress.read(two / "main" / "metrics.jsonl"))
+    assert 8 <= saved < 60
+
+    with _Job([*launcher, "--retries=1", *flags], environment, tmp_path / "killed.log") as job:
+        _until_step(job, two, saved + 8)
+        os.kill(_worker(two, 1), signal.SIGKILL)  # The other cannot go on: the job ends, and is started once more.
+        code, text = job.wait()
+        assert code == 0, text[-3000:]
+        assert text.count("going on from step") == 2
+        assert f"going on from step {saved}" in text
+
+    assert (two / "report" / "index.html").stat().st_size > 10_000
+    left, right = (progress.read(folder / "main" / "metrics.jsonl") for folder in (one, two))
+    assert len(left) == len(right) > 60
+    for wanted, found in zip(left, right, strict=True):
+        for key in wanted:
+            # Sums over the batch in another order, amplified over 60 steps: 4e-6 measured over 40 steps of a larger model.
+            np.testing.assert_allclose(found[key], wanted[key], rtol=2e-4, err_msg=f"{key} at step {wanted['step']}")
+    compared = 0
+    for path in sorted(one.rglob("examples.npz")):
+        wanted, found = np.load(path), np.load(two / path.relative_to(one))
+        assert set(wanted.files) == set(found.files)
+        for name in wanted.files:
+            if wanted[name].dtype.kind in "iubU":
+                np.testing.assert_array_equal(found[name], wanted[name], err_msg=f"{path.parent.parent.name}/{name}")
+                compared += 1
+    assert compared > 15
+
+
+@pytest.mark.parametrize("what", ["configuration or workdir", "version of the code"])
+def test_processes_that_differ_are_refused_by_all(tmp_path, what):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    seeds, roots = [0, 0], [ROOT, ROOT]
+    if what == "version of the code":
+        roots[1] = tmp_path / "edited"
+        shutil.copytree(ROOT / "robust_vit", roots[1] / "robust_vit")
+        with open(roots[1] / "robust_vit" / "losses.py", "a", encoding="utf-8") as file:
+            file.write("# An edit that one machine has not got.\n")
+    else:
+        seeds[1] = 1
+    jobs = []
+    for number in range(2):
+        environment = _environment(
+            tmp_path / "cache",
+            PYTHONPATH=str(roots[number]),
+            ROBUST_VIT_COORDINATOR=f"127.0.0.1:{port}",
+            ROBUST_VIT_PROCESSES="2",
+            ROBUST_VIT_PROCESS=str(number),
+        )
+        command = _main(config, tmp_path / "work", f"--config.seed={seeds[number]}")
+        jobs.append(_Job(command, environment, tmp_path / f"{number}.log", cwd=roots[number]))
+    with jobs[0], jobs[1]:
+        for job in jobs:
+            code, text = job.wait()
+            assert code == errors.EXIT_USER_ERROR
+            assert f"error: process 1 was started with another {what} than process 0" in text
+            assert "Traceback" not in text
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # Bound and not listening: connections are refused.
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        flags = (f"--coordinator={address}", "--processes=2", "--process=1", "--start_timeout=2")
+        with _Job(_main(config, tmp_path / "work", *flags), _environment(tmp_path / "cache"), tmp_path / "log") as job:
+            code, text = job.wait()
+    assert code == 1  # Launchers try again: machines of a pod may start minutes apart.
+    assert f"error: process 1 of 2 waited 2 s for the others at {address}" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "10.0.0.1:8476"}, "give all three"),
+        ({"coordinator": "10.0.0.1", "processes": 2, "process": 0}, "expected host:port"),
+        ({"coordinator": "10.0.0.1:1", "processes": 2, "process": 2}, "expected 0 to 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_together(given, message):
+    with pytest.raises(errors.UserError, match=message):
+        processes.start(**given)
+
+
+def test_one_process_is_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    processes.start()
+    assert processes.is_first()
+    assert not processes.several()
+    processes.barrier("nobody")
+    assert processes.from_first(np.int32(3)) == 3
+    np.testing.assert_array_equal(processes.everywhere(np.asarray([1, 2])), [[1, 2]])
+    processes.check_same({"configuration": json.dumps({"a": 1})})
+    processes.check_shared(tmp_path)
+    processes.finish()
+
+
+def test_a_variable_that_is_no_number(monkeypatch):
+    monkeypatch.setenv("ROBUST_VIT_PROCESSES", "two")
+    with pytest.raises(errors.UserError, match="ROBUST_VIT_PROCESSES='two'"):
+        processes.start()
+
+
+def test_sigterm_to_a_single_process_is_seen_at_the_next_poll():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stop = processes.Stop()
+        assert not stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_version_of_the_code_is_stable():
+    assert processes.code_version() == processes.code_version()
+    assert len(processes.code_version()) == 64
