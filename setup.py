@@ -26,13 +26,14 @@ setuptools.setup(
         "tensorflow-datasets>=4.9.10",
         "ml-collections>=1.0.0",
         "clu>=0.0.12",
-        "grain>=0.2.18",
         "array_record>=0.8.6",
         "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not say so.
         "absl-py>=2.1",
         "numpy>=2.0",
         "scipy>=1.14",
         "pillow>=10.3",
+        "simplejpeg>=1.9.0",  # libjpeg-turbo without PIL's copies.
+        "cykooz-resizer>=4.0.1",  # PIL's filters with SIMD instructions.
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "jaxtyping>=0.2.34",

@@ -60,7 +60,7 @@ def default() -> ml_collections.ConfigDict:
     config.data.on_mode = ml_collections.config_dict.placeholder(
         str
     )  # Grey or transparent files: "error" or "convert".
-    config.data.cache = "auto"  # Keep decoded images in memory: "auto" (up to 2 GiB), "always" or "never".
+    config.data.cache = "auto"  # Images in memory: "auto" (up to 2 GiB), "always", "never", or "device" as well.
     config.data.workers = ml_collections.config_dict.placeholder(int)  # Threads that read; None: one a core.
     config.data.train_limit = ml_collections.config_dict.placeholder(
         int
@@ -71,6 +71,9 @@ def default() -> ml_collections.ConfigDict:
 
     config.model = model("vit", width=64, depth=4, heads=4, patch=4)
     config.objective = ml_collections.ConfigDict({"name": "supervised", "label_smoothing": 0.0})
+    config.objective.mixup = 0.0  # Parameter of the beta distribution; 0: off.
+    config.objective.cutmix = 0.0  # The same.
+    config.objective.mix_switch = 0.5  # Probability of cutmix where both are on.
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"  # adamw, sgd, lamb, sam.

@@ -20,6 +20,7 @@ _logger = logging.getLogger(__name__)
 ON_MODE = ("error", "convert")
 ON_BAD_IMAGE = ("raise", "skip")
 BAD_FRACTION = 0.01
+_state = threading.local()
 _JPEG = b"\xff\xd8"
 _FACTORS = (2, 4, 8)  # Scales at which libjpeg-turbo's inverse cosine transform has vector code.
 
@@ -69,7 +70,8 @@ def decode(content: bytes, *, channels: int | None, name: str, on_mode: str = "e
       BadImage: truncated or not an image.
       errors.UserError: another number of channels, with `on_mode="error"`.
     """
-    if (pixels := _colour_jpeg(content, channels)) is not None:
+    header = _plain_header(content, channels)
+    if header is not None and (pixels := _colour_jpeg(content, header)) is not None:
         return pixels
     try:
         image = Image.open(io.BytesIO(content))
@@ -86,7 +88,8 @@ def decode_window(encoded: Encoded, window: transforms.Window, uniforms: Sequenc
     """A random rectangle of an image at `window.size`, uint8 `[size, size, channels]`.
 
     As `decode`, a crop and `resampling.fast`; but a JPEG whose rectangle has at least twice `window.size` on both sides is
-    decoded at 1/2, 1/4 or 1/8 of its size, inside the inverse cosine transform, and resized from there.
+    decoded at 1/2, 1/4 or 1/8 of its size, inside the inverse cosine transform, and resized from there. On 314 real images such
+    pixels are 1.8 of 255 levels from the others on average at 112 px, 1.1 at 64 px, and at most 44.
 
     Args:
       encoded: the image.
@@ -101,14 +104,14 @@ def decode_window(encoded: Encoded, window: transforms.Window, uniforms: Sequenc
     if header is not None:
         top, left, height, width = window.box(*header, uniforms)
         factor = max((factor for factor in _FACTORS if min(height, width) >= factor * window.size), default=1)
-        if factor > 1:
-            least = [-(-side // factor) for side in header]
-            pixels = _colour_jpeg(encoded.content, encoded.channels, least)
-            if pixels is not None and pixels.shape[:2] == tuple(least):
-                first, second = top // factor, left // factor
-                last = [-(-(top + height) // factor), -(-(left + width) // factor)]
-                box = (top / factor - first, left / factor - second, height / factor, width / factor)
-                return resampling.fast(pixels[first : last[0], second : last[1]], size, window.filter, box)
+        pixels = _colour_jpeg(encoded.content, header, factor, _scratch(3 * header[0] * header[1]))
+        if pixels is not None:
+            first, second = top // factor, left // factor
+            last = -(-(top + height) // factor), -(-(left + width) // factor)
+            box = (
+                (top / factor - first, left / factor - second, height / factor, width / factor) if factor > 1 else None
+            )
+            return resampling.fast(pixels[first : last[0], second : last[1]], size, window.filter, box)
     pixels = encoded.decode()
     top, left, height, width = window.box(*pixels.shape[:2], uniforms)
     return resampling.fast(pixels[top : top + height, left : left + width], size, window.filter)
@@ -187,16 +190,27 @@ def _plain_header(content: bytes, channels: int | None) -> tuple[int, int] | Non
     return (height, width) if colours == "YCbCr" else None
 
 
-def _colour_jpeg(content: bytes, channels: int | None, least: Sequence[int] = (0, 0)) -> np.ndarray | None:
-    """Pixels of a sound colour JPEG, at the smallest scale with at least so many rows and columns; else None."""
-    if _plain_header(content, channels) is None:
-        return None
+def _colour_jpeg(
+    content: bytes, header: tuple[int, int], factor: int = 1, scratch: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Pixels of a sound colour JPEG at 1/factor of its size, laid into `scratch` where given; None where PIL must judge."""
+    least = [-(-side // factor) for side in header] if factor > 1 else (0, 0)
     try:
-        return simplejpeg.decode_jpeg(
-            content, min_height=least[0], min_width=least[1], min_factor=2 if any(least) else 1
+        pixels = simplejpeg.decode_jpeg(
+            content, min_height=least[0], min_width=least[1], min_factor=factor, buffer=scratch
         )
     except ValueError:  # Warnings too: PIL decides whether such a file is good.
         return None
+    return pixels if pixels.shape[:2] == tuple(-(-side // factor) for side in header) else None
+
+
+def _scratch(size: int) -> np.ndarray:
+    """Memory of this thread, at least so many bytes. Fresh memory for each image would cost half as much again as decoding
+    (.54 against .36 ms at 256 px, in page faults).
+    """
+    if getattr(_state, "scratch", np.empty(0)).size < size:
+        _state.scratch = np.empty(size, np.uint8)
+    return _state.scratch
 
 
 def _one_line(error: Exception) -> str:

@@ -118,8 +118,8 @@ def random_resized_crop(
     The share is uniform in [scale_min, scale_max], the logarithm of the ratio is uniform; after ten rectangles that do not fit,
     the largest central one within the ratios. Source: Szegedy et al. 2015 (arXiv:1409.4842), section 6; torchvision's rule.
 
-    Pixels are those of `resampling.fast`, within one level of PIL's; where a JPEG's rectangle is at least twice `size`, those of
-    `decoding.decode_window`.
+    Pixels are those of `resampling.fast`, within two levels of PIL's; where a JPEG's rectangle is at least twice `size`, those
+    of `decoding.decode_window`.
     """
     resampling.check_filter(filter)
     transforms.check_number("random_resized_crop", "size", size, 1, 2**16)
@@ -149,6 +149,28 @@ def random_resized_crop(
         takes_any_size=True,
         window=Window(box, size, filter),
     )
+
+
+def simple_random_crop(size: int, padding: int = 4, filter: str = "bicubic") -> Transform:
+    """Resizes the shorter side to `size`, pads by `padding` mirrored pixels, and cuts `size` x `size` at a uniform place.
+
+    The gentle crop of Touvron et al. 2022 (arXiv:2204.07118), section 4, "simple random crop". Pixels are those of
+    `resampling.fast`.
+    """
+    resampling.check_filter(filter)
+    transforms.check_number("simple_random_crop", "size", size, 1, 2**16)
+    transforms.check_number("simple_random_crop", "padding", padding, 0, size - 1)
+
+    def apply(image: Pixels, uniforms: Float[np.ndarray, 2]) -> Pixels:
+        height, width = image.shape[:2]
+        shorter = min(height, width)
+        new = (int(size * height / shorter), int(size * width / shorter))
+        pixels = resampling.fast(image, new, filter)
+        padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+        top, left = (int(drawn * (side + 2 * padding - size + 1)) for drawn, side in zip(uniforms, new, strict=True))
+        return padded[top : top + size, left : left + size]
+
+    return Transform("simple_random_crop", apply, draws=2, takes_any_size=True)
 
 
 def random_erasing(

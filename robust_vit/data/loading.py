@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "preprocess": (),  # Of all images: "resize(256)", "center_crop(224)".
     "on_bad_image": "raise",  # Or "skip".
     "on_mode": None,  # "error" or "convert" for grey and transparent files; None by source.
-    "cache": "auto",  # Keep decoded images in memory: "auto" up to 2 GiB, "always", "never".
+    "cache": "auto",  # Keep decoded images in memory: "auto" up to 2 GiB, "always", "never", "device".
     "workers": None,  # Reading threads; None is one a core.
     "mean": None,  # Per channel, in [0, 1]; None is 0.5.
     "std": None,

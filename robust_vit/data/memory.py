@@ -170,16 +170,22 @@ class Images:
         self, positions: np.ndarray, found: list, uniforms: np.ndarray | None, out: np.ndarray | None
     ) -> Found:
         images, labels, rows, used, extras = [], [], [], [], []
+        target = out if out is not None and out.dtype == np.uint8 else None
         for index, (position, one) in enumerate(zip(positions, found, strict=True)):
             drawn = None if uniforms is None else uniforms[index].tolist()
             position, one, image = self._first_good(int(position), one, drawn)
+            if target is None:
+                target = np.empty((len(found), *image.shape), np.uint8)
+            if target.shape[1:] == image.shape:
+                target[index] = image  # While it is in the processor's cache.
+                image = target[index]
             images.append(image)
             labels.append(one.label)
             rows.append(one.row)
             used.append(position)
             extras.append(one.extras)
         return Found(
-            transforms.stacked(images, out),
+            target if {image.shape for image in images} == {target.shape[1:]} else transforms.stacked(images),
             np.asarray(labels, np.int32),
             np.asarray(rows, np.int32),
             np.asarray(used, np.int64),

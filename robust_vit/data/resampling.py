@@ -17,9 +17,8 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# PIL's nearest is not a convolution and is cheap: it stays PIL's.
+# PIL's nearest is not a convolution, and at the edge of a box the two libraries choose other pixels: these stay PIL's.
 _KERNELS = {
-    "box": cykooz_resizer.FilterType.box,
     "bilinear": cykooz_resizer.FilterType.bilinear,
     "bicubic": cykooz_resizer.FilterType.catmull_rom,  # PIL's bicubic is the one with a = -1/2.
     "lanczos": cykooz_resizer.FilterType.lanczos3,
@@ -51,10 +50,10 @@ def fast(
     filter: str,
     box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
-    """As `exact`, 3.5 times faster, each value within one of 255 levels of PIL's; read-only.
+    """As `exact`, 3.5 times faster, each value within two of 255 levels of PIL's; read-only.
 
-    On 314 random crops of real images to 224 px, bilinear, 11 % of the values differ, all by one level. The convolution is that
-    of the Rust crate fast_image_resize, in integers, so that processors with other vector instructions agree.
+    On random crops of 314 real images to 224 px, bilinear, 12 % of the values differ by one level and a few by two. The
+    convolution is that of the Rust crate fast_image_resize, in integers.
 
     Args:
       image: uint8 `[height, width, channels]`, 1 or 3 channels.
@@ -62,7 +61,7 @@ def fast(
       filter: a key of `FILTERS`.
       box: (top, left, height, width) of the part to resize, fractions allowed; None is the whole.
     """
-    if filter == "nearest":
+    if filter not in _KERNELS:
         if box is not None:
             top, left, height, width = (round(side) for side in box)
             image = image[top : top + height, left : left + width]

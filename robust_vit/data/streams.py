@@ -19,6 +19,8 @@ Batch = prefetch.Batch
 
 # What "image" of a batch may be: canonical pixels in [0, 1], or the bytes that they are made from.
 PIXELS = {"float32": np.float32, "uint8": np.uint8}
+# Crops of images of any size: where augmentation begins with one, it takes the place of `preprocess`.
+_LEADING = ("random_resized_crop", "simple_random_crop")
 _CHUNK = 1024  # Positions whose order and draws are computed together.
 _ENDLESS = 2**40
 
@@ -49,7 +51,8 @@ class TrainingStream:
         shard: tuple[int, int] = (0, 1),
         extras: Sequence[str] = (),
     ):
-        """See `robust_vit.data.load` for the arguments; a leading `random_resized_crop` takes the place of `preprocess`."""
+        """See `robust_vit.data.load` for the arguments; a leading `random_resized_crop` or
+        `simple_random_crop` takes the place of `preprocess`."""
         self.source = source
         self.batch_size = batch
         self.seed = seed
@@ -61,7 +64,7 @@ class TrainingStream:
         self._window = self._augment[0] if self._augment and self._augment[0].window is not None else None
         self._images = memory.Images(
             source,
-            () if self._window else fixed,
+            () if self._augment and self._augment[0].name in _LEADING else fixed,
             cache=cache,
             extras=extras,
             workers=self._threads,

@@ -27,6 +27,7 @@ TRANSFORMS = {
     "pad_crop": _GEOMETRY + "pad_crop",
     "flip": _GEOMETRY + "flip",
     "random_resized_crop": _GEOMETRY + "random_resized_crop",
+    "simple_random_crop": _GEOMETRY + "simple_random_crop",
     "random_erasing": _GEOMETRY + "random_erasing",
     "color_jitter": _COLOUR + "color_jitter",
     "three_augment": _COLOUR + "three_augment",
@@ -144,13 +145,9 @@ def apply_to_batch(
     return stacked([transform(image, drawn) for image, drawn in zip(images, uniforms, strict=True)])
 
 
-def stacked(images: list[np.ndarray], out: np.ndarray | None = None) -> np.ndarray | list[np.ndarray]:
-    """One array where all images have one size (`out`, where that fits), else the list."""
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        return images
-    fits = out is not None and out.dtype == np.uint8 and out.shape == (len(images), *shapes.pop())
-    return np.stack(images, out=out if fits else None)
+def stacked(images: list[np.ndarray]) -> np.ndarray | list[np.ndarray]:
+    """One array where all images have one size, else the list."""
+    return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def check_number(name: str, argument: str, value: object, low: float, high: float) -> None:

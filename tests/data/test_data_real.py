@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from robust_vit import data, errors
+from robust_vit.data import decoding, draws, resampling, transforms
 
 pytestmark = pytest.mark.needs_data
 
@@ -127,3 +129,67 @@ def test_cue_conflict_stimuli(data_dir):
     example = source[5]
     assert source.paths[5].split("/")[1].startswith(source.class_names[example["label"]])
     assert example["image"].shape == (224, 224, 3)
+
+
+def _jpegs(data_dir) -> list[bytes]:
+    paths = sorted((data_dir / "imagenet_samples" / "images").glob("*.jpg"))[::8]
+    paths += sorted((data_dir / "cue_conflict" / "images").glob("*/*.jpg"))[::20]
+    baseline = []
+    for path in paths[:10]:  # The samples are progressive: some sequential ones, of other chroma sampling and of none.
+        for options in ({"quality": "keep"}, {"quality": 80, "subsampling": 0}, {"quality": 80, "subsampling": 1}):
+            buffer = io.BytesIO()
+            Image.open(path).save(buffer, "JPEG", progressive=False, **options)
+            baseline.append(buffer.getvalue())
+    return [path.read_bytes() for path in paths] + baseline
+
+
+def test_jpegs_are_decoded_to_pils_bytes(data_dir):
+    contents = _jpegs(data_dir)
+    for content in contents:
+        pixels = decoding.decode(content, channels=3, name="jpeg")
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(content))))
+    small = data.open_source("cifar10_q75", data_dir=data_dir / "tfds")
+    for encoded in small.read_encoded(np.arange(0, 50_000, 500)):
+        np.testing.assert_array_equal(encoded.decode(), np.asarray(Image.open(io.BytesIO(encoded.content))))
+    grey = io.BytesIO()
+    Image.open(io.BytesIO(contents[0])).convert("L").save(grey, "JPEG")
+    cmyk = io.BytesIO()
+    Image.open(io.BytesIO(contents[0])).convert("CMYK").save(cmyk, "JPEG")
+    for odd in (grey, cmyk):
+        with pytest.raises(errors.UserError, match="where colour"):
+            decoding.decode(odd.getvalue(), channels=3, name="jpeg")
+
+
+def test_a_window_is_the_crop_of_the_whole_and_a_large_one_is_near_it(data_dir):
+    near = []
+    for index, content in enumerate(_jpegs(data_dir)):
+        encoded = decoding.Encoded(content, 0, 0, "jpeg", 3, "error")
+        whole = encoded.decode()
+        for size in (224, 64):
+            crop = transforms.parse(f"random_resized_crop({size})")
+            uniforms = draws.uniforms(np.asarray([index]), seed=0, purpose="test", count=crop.draws)[0]
+            top, left, height, width = crop.window.box(*whole.shape[:2], uniforms.tolist())
+            part = whole[top : top + height, left : left + width]
+            window = decoding.decode_window(encoded, crop.window, uniforms.tolist()).astype(int)
+            if min(height, width) >= 2 * size:
+                near.append(np.abs(window - resampling.exact(part, (size, size), "bilinear")).mean())
+            else:
+                np.testing.assert_array_equal(window, crop(whole, uniforms))
+                difference = np.abs(window - resampling.exact(part, (size, size), "bilinear"))
+                assert difference.max() <= 2
+                assert difference.mean() < 0.3
+    assert len(near) > 20
+    assert (
+        np.mean(near) < 2
+    )  # 1.1 of 255 levels over all samples; a shift by one pixel of the small image would be 5 and more.
+    assert max(near) < 8
+
+
+def test_large_windows_from_memory_are_those_from_disk(imagenet_folder):
+    source = data.from_folder(imagenet_folder)
+    made = [
+        data.TrainingStream(source, batch=16, augment=("random_resized_crop(48)", "flip()"), cache=cache)
+        for cache in ("always", "never")
+    ]
+    np.testing.assert_array_equal(made[0].batch(1)["image"], made[1].batch(1)["image"])
+    np.testing.assert_array_equal(made[0].batch(1)["image"], next(made[1].iterate(1))["image"])

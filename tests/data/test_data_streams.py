@@ -10,12 +10,14 @@ import textwrap
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from robust_vit import data, errors
-from robust_vit.data import decoding, streams
+from robust_vit import data, errors, mesh
+from robust_vit.data import decoding, prefetch, resident, sources, streams
 
 AUGMENT = ("pad_crop(2)", "flip()")
 
@@ -263,3 +265,147 @@ def test_a_chunk_boundary_is_no_boundary():
     fresh = data.TrainingStream(_source(), batch=4, augment=AUGMENT)
     pieces = [fresh.batch(i) for i in range(step * 25, step * 25 + 25)]
     _assert_equal(batch, {key: np.concatenate([piece[key] for piece in pieces]) for key in batch})
+
+
+MESH = mesh.make()
+
+
+def test_float_pixels_of_the_device_are_the_hosts_to_the_last_bit():
+    values = np.arange(256, dtype=np.uint8)
+    for made in (jax.jit(prefetch.to_float)(values), prefetch.to_float(jnp.asarray(values))):
+        np.testing.assert_array_equal(made, values.astype(np.float32) / np.float32(255))
+
+
+@pytest.mark.parametrize("augment", [(), AUGMENT, ("flip()", "pad_crop(3, 'reflect')")])
+@pytest.mark.parametrize("cache", ["device", "always", "never"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_on_the_devices_are_the_hosts_to_the_byte(augment, cache, channels):
+    source = sources.Subset(_source(channels=channels), np.arange(3, 47), name="part")
+    stream = data.TrainingStream(source, batch=12, seed=3, augment=augment, cache=cache)
+    for start in (0, 5):
+        batches = stream.on_devices(MESH, start)
+        for step in range(start, start + 6):
+            batch, expected = next(batches), stream.batch(step)
+            assert set(batch) == {"image", "label"}
+            for name, array in batch.items():
+                assert isinstance(array, jax.Array)
+                assert array.dtype == expected[name].dtype
+                np.testing.assert_array_equal(array, expected[name])
+        batches.close()
+
+
+def test_images_that_stay_on_the_device_are_not_read_again(monkeypatch):
+    stream = data.TrainingStream(_source(), batch=8, augment=AUGMENT, cache="device")
+    batches = stream.on_devices(MESH)
+    next(batches)
+    monkeypatch.setattr(stream._images, "read", None)
+    next(batches)
+    batches.close()
+
+
+def test_bad_images_are_skipped_on_the_device_too():
+    stream = data.TrainingStream(_Encoded(200, bad=(3, 150)), batch=50, augment=("flip()",), cache="device")
+    batches = stream.on_devices(MESH)
+    for step in range(4):
+        np.testing.assert_array_equal(next(batches)["image"], stream.batch(step)["image"])
+
+
+def test_auto_stays_on_the_host_of_a_cpu_and_goes_to_an_accelerator(monkeypatch):
+    taken = []
+    monkeypatch.setattr(resident, "batches", lambda *_: taken.append("device") or iter(()))
+    stream = data.TrainingStream(_source(), batch=8, augment=AUGMENT)
+    next(stream.on_devices(MESH))
+    assert not taken
+
+    class Accelerator:
+        platform = "gpu"
+
+    class FakeMesh:
+        devices = np.asarray([Accelerator()])
+
+    stream.on_devices(FakeMesh())
+    assert taken == ["device"]
+    monkeypatch.setattr(resident, "DEVICE_LIMIT", 100)
+    monkeypatch.setattr(prefetch, "on_devices", lambda *_: taken.append("host"))
+    stream.on_devices(FakeMesh())
+    assert taken == ["device", "host"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"augment": ("rand_augment()",)}, {"augment": ("random_resized_crop(8)",)}, {"augment": AUGMENT, "limit": 10}],
+)
+def test_what_cannot_stay_on_the_device_is_told(options, monkeypatch):
+    if options.pop("limit", None):
+        monkeypatch.setattr(resident, "DEVICE_LIMIT", 10)
+    stream = data.TrainingStream(_source(), batch=8, cache="device", **options)
+    with pytest.raises(errors.UserError, match="cannot stay on the devices"):
+        stream.on_devices(MESH)
+
+
+def test_device_prefetch_keeps_two_ahead_is_lazy_and_closes_what_it_reads():
+    read, closed = [], []
+
+    def host():
+        try:
+            for index in range(10):
+                read.append(index)
+                yield {"image": np.full((2, 1, 1, 1), index, np.uint8), "label": np.zeros(2, np.int32)}
+        finally:
+            closed.append(True)
+
+    batches = prefetch.on_devices(host(), MESH)
+    assert read == []
+    np.testing.assert_array_equal(next(batches)["image"], 0)
+    assert read == [0, 1, 2]
+    next(batches)
+    assert read == [0, 1, 2, 3]
+    batches.close()
+    assert closed == [True]
+    rest = [round(float(batch["image"][0, 0, 0, 0]) * 255) for batch in prefetch.on_devices(host(), MESH)]
+    assert rest == list(range(10))
+
+
+def test_evaluation_on_the_devices():
+    stream = data.EvaluationStream(_source(), batch=16)
+    made = list(stream.on_devices(MESH, 1))
+    assert len(made) == 3
+    for batch, expected in zip(made, stream.iterate(1), strict=True):
+        for name in ("image", "label", "mask"):
+            np.testing.assert_array_equal(batch[name], expected[name])
+    assert list(stream.on_devices(MESH, 4)) == []
+
+
+def test_bytes_are_what_floats_are_made_from():
+    stream = data.TrainingStream(_source(), batch=7, augment=AUGMENT)
+    floats, raw = next(stream.iterate(3)), next(stream.iterate(3, pixels="uint8"))
+    assert raw["image"].dtype == np.uint8
+    np.testing.assert_array_equal(raw["image"].astype(np.float32) / np.float32(255), floats["image"])
+    with pytest.raises(errors.UserError, match="did you mean 'uint8'"):
+        next(stream.iterate(pixels="uint9"))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        ("flip()", "rand_augment(2, 9)", "random_erasing(0.5)"),
+        ("random_resized_crop(8)", "flip()", "three_augment()"),
+        ("simple_random_crop(10)", "color_jitter(0.3, 0.3, 0.3)", "flip()"),
+    ],
+)
+def test_every_recipe_is_the_same_from_memory_disk_and_shards(augment):
+    made = [data.TrainingStream(_source(), batch=12, seed=2, augment=augment, cache=c) for c in (True, False)]
+    parts = [data.TrainingStream(_source(), batch=12, seed=2, augment=augment, shard=(i, 2)) for i in range(2)]
+    for step, batch in zip((4, 5), made[0].iterate(4), strict=False):
+        _assert_equal(batch, made[1].batch(step))
+        halves = [part.batch(step) for part in parts]
+        _assert_equal(batch, {key: np.concatenate([half[key] for half in halves]) for key in batch})
+
+
+def test_a_leading_crop_takes_the_place_of_preprocess():
+    options = {"batch": 4, "preprocess": ("resize(6)", "center_crop(6)")}
+    for first in ("random_resized_crop(10)", "simple_random_crop(10)"):
+        stream = data.TrainingStream(_source(), augment=(first,), **options)
+        expected = data.TrainingStream(_source(), augment=(first,), batch=4)
+        np.testing.assert_array_equal(stream.batch(0)["image"], expected.batch(0)["image"])
+    assert data.TrainingStream(_source(), augment=("flip()",), **options).image_shape == (6, 6, 3)
