@@ -1,11 +1,13 @@
 """How fast the models are: `python tests/benchmarks/throughput.py --suite=cpu` or `--suite=accelerator`; prints a table.
 
-`cpu` compares forward, input gradient, parameter gradient and Hessian-vector product (forward over reverse), float32, with torch on
-the same weights, in one run: torch lives in a process of its own (`--peer_python`), idle while this one computes, and the two take
-turns. Beside each row stand the time of its matrix products alone in XLA, their count of operations, and the compile time.
+`cpu` compares forward, input gradient, parameter gradient and Hessian-vector product (forward over reverse), float32, with
+torch on the same weights, in one run: torch lives in a process of its own (`--peer_python`), idle while this one computes, and
+the two take turns. Torch's attention is the faster one of `transformers`' eager and sdpa, which the table names. Each side runs
+the whole batch at once, and slice by slice. Beside each row stand the time of its matrix products and convolutions alone in XLA
+(whole batch), the count of their operations, and the time to trace and compile, without a cache.
 
-`accelerator` reports the share of the machine's own matrix-product rate that training, forward, PGD step and Hessian-vector product
-reach in bfloat16 (`accelerator.py`).
+`accelerator` reports the share of the machine's own matrix-product rate that training, forward, PGD step and Hessian-vector
+product reach in bfloat16: see `accelerator.py`.
 
 `--tiny` shrinks all models: a check that the script works, not a measurement.
 """
