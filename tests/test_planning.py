@@ -116,9 +116,6 @@ def test_as_few_parts_as_fit(folder, tmp_path, monkeypatch):
     for parts, size in sizes.items():
         monkeypatch.setenv(programs.LIMIT_VARIABLE, repr(1.001 * size / programs.MARGIN / 2**30))
         assert train.settle(automatic).config.train.accumulate == parts
-    monkeypatch.setenv(programs.LIMIT_VARIABLE, str(10 / 2**20))
-    with pytest.raises(errors.UserError, match="train.accumulate=auto: even 2 needs"):
-        train.settle(runs.prepare(_config(folder, **{"train.accumulate": "auto", "data.batch": 2}), tmp_path))
 
 
 def test_a_run_keeps_the_parts_that_it_was_begun_with(folder, tmp_path):
