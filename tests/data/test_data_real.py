@@ -146,6 +146,7 @@ def _jpegs(data_dir) -> list[bytes]:
 def test_jpegs_are_decoded_to_pils_bytes(data_dir):
     contents = _jpegs(data_dir)
     for content in contents:
+        assert decoding._plain_header(content, 3) is not None
         pixels = decoding.decode(content, channels=3, name="jpeg")
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(content))))
     small = data.open_source("cifar10_q75", data_dir=data_dir / "tfds")
