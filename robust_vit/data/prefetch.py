@@ -77,15 +77,14 @@ def on_devices(
 
     Args:
       batches: this process's part of each batch, "image" uint8 or float32.
-      devices: the batch is split over its data axis.
+      devices: the batch is split over them.
       names: the entries that travel.
     """
     ready: collections.deque[dict[str, jax.Array]] = collections.deque()
     with contextlib.closing(batches):
         for batch in batches:
-            ready.append(
-                mesh.put_batch(devices, {name: batch[name] for name in names})
-            )  # Returns before the copy is done.
+            sent = mesh.put_batch(devices, {name: batch[name] for name in names})  # Returns before the copy is done.
+            ready.append(sent)
             if len(ready) > _DEVICE_AHEAD:
                 yield _canonical(ready.popleft())
         while ready:

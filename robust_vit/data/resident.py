@@ -39,7 +39,7 @@ def batches(
       images: all images uint8 `[n, height, width, channels]`; one copy goes to each device, once.
       plans: for each batch, this process's "place" int32 `[batch]` in `images`, "label", and "decision0", "decision1", ...
       augment: the transforms that were decided on.
-      devices: the batch is split over its data axis.
+      devices: the batch is split over them.
     """
     sharding = mesh.replicated(devices)
     resident = jax.make_array_from_callback(images.shape, sharding, lambda index: images[index])

@@ -113,8 +113,8 @@ class TrainingStream:
         return _iterate(self, range(start_step, _ENDLESS), pixels)
 
     def on_devices(self, devices: Mesh, start_step: int = 0) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the devices from a step on, without end: "image" float32 canonical pixels and "label", split over the
-        data axis; two of them are on their way while the caller computes. The values are those of `batch`.
+        """Global batches on the devices from a step on, without end: "image" float32 canonical pixels and "label", split over
+        them; two batches are on their way while the caller computes. The values are those of `batch`.
 
         Where all images are in memory and every transform has a device form (pad_crop, flip, none), they are put on each device
         once and batches are made there: with `cache="device"`, and with "auto" on accelerators up to `resident.DEVICE_LIMIT`.

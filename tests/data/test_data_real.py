@@ -146,6 +146,7 @@ def _jpegs(data_dir) -> list[bytes]:
 def test_jpegs_are_decoded_to_pils_bytes(data_dir):
     contents = _jpegs(data_dir)
     for content in contents:
+        assert decoding._plain_header(content, 3) is not None
         pixels = decoding.decode(content, channels=3, name="jpeg")
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(content))))
     small = data.open_source("cifar10_q75", data_dir=data_dir / "tfds")
@@ -179,9 +180,8 @@ def test_a_window_is_the_crop_of_the_whole_and_a_large_one_is_near_it(data_dir):
                 assert difference.max() <= 2
                 assert difference.mean() < 0.3
     assert len(near) > 20
-    assert (
-        np.mean(near) < 2
-    )  # 1.1 of 255 levels over all samples; a shift by one pixel of the small image would be 5 and more.
+    # 1.1 of 255 levels over all samples; 0 would mean that nothing was scaled, and a shift by one pixel would be 5 and more.
+    assert 0.5 < np.mean(near) < 2
     assert max(near) < 8
 
 
