@@ -30,8 +30,8 @@ ROWS = {
     "ResNet-50": ("resnet", {"depth": 50}),
 }
 TINY_ROWS = {
-    "ViT-tiny": ("vit", {"width": 16, "depth": 1, "heads": 2, "patch": 8}),
-    "ResNet-tiny": ("resnet", {"depth": 8, "width": 4}),
+    "ViT-tiny": ("vit", {"width": 16, "depth": 1, "heads": 2, "patch": 4}),
+    "ResNet-tiny": ("resnet", {"depth": 8, "width": 2}),
 }
 PASSES = ("training", "forward", "pgd_step", "hvp")
 BATCHES = (32, 64, 128, 256, 512, 1024)
@@ -114,7 +114,7 @@ def report(*, tiny: bool = False, rows: list[str] | None = None) -> None:
     """Prints the table."""
     chosen = TINY_ROWS if tiny else ROWS
     chosen = {label: chosen[label] for label in rows} if rows else chosen
-    side, classes, batches = (16, 10, (2, 4)) if tiny else (224, 1000, BATCHES)
+    side, classes, batches = (8, 10, (2,)) if tiny else (224, 1000, BATCHES)
     rate = ceiling(256 if tiny else 8192, 4 if tiny else 16)
     device = jax.devices()[0]
     print(

@@ -134,15 +134,9 @@ def _line(label, name, ours, torch, variants, size, count, rounds, calls):
                 f"{label}: logits differ from torch's by {worst:.1e} of the largest, so the models are not the same."
             )
     request = {"do": "time", "pass": name}
-    tried = {
-        (variant, part): torch.ask(**request, variant=variant, slice=part, calls=2)
-        for variant in variants
-        for part in (None, size)
-    }
-    fastest = {}
-    for part in (None, size):
-        times = {key: min(found["seconds"]) for key, found in tried.items() if key[1] == part and "seconds" in found}
-        fastest[part] = min(times, key=times.get)[0]
+    tried = {variant: torch.ask(**request, variant=variant, slice=None, calls=1) for variant in variants}
+    tried = {variant: answer["seconds"] for variant, answer in tried.items() if "seconds" in answer}
+    fastest = min(tried, key=tried.get)
     functions = {"ours": ours.whole, "ours in slices": lambda: ours.sliced(function)}
     times = {key: [] for key in (*functions, "torch", "torch in slices")}
     for one in functions.values():
@@ -151,7 +145,7 @@ def _line(label, name, ours, torch, variants, size, count, rounds, calls):
         for key, one in functions.items():
             times[key] += passes.seconds(one, calls)
         for key, part in (("torch", None), ("torch in slices", size)):
-            times[key] += torch.ask(**request, variant=fastest[part], slice=part, calls=calls)["seconds"]
+            times[key] += torch.ask(**request, variant=fastest, slice=part, calls=calls)["seconds"]
     least = {key: min(values) for key, values in times.items()}
     best = min(least["ours"], least["ours in slices"]) / min(least["torch"], least["torch in slices"])
     arguments = (ours.batch, ours.variables, ours.vector)
@@ -159,8 +153,8 @@ def _line(label, name, ours, torch, variants, size, count, rounds, calls):
         f"{label}, {count}",
         name.replace("_", " "),
         *(passes.summary(times[key]) for key in functions),
-        f"{passes.summary(times['torch'])} {fastest[None]}".strip(),
-        f"{passes.summary(times['torch in slices'])} {fastest[size]}".strip(),
+        f"{passes.summary(times['torch'])} {fastest}".strip(),
+        passes.summary(times["torch in slices"]),
         f"{least['ours'] / least['torch']:.2f}",
         f"{best:.2f}",
         f"{1e3 * passes.floor(function, *arguments):,.0f}",
