@@ -1,7 +1,7 @@
 """ViT-B/16 on ImageNet from scratch, by the recipe of DeiT.
 
-Paper:     Dosovitskiy et al. 2021 (arXiv 2010.11929): the model. Touvron et al. 2021 (DeiT, arXiv 2012.12877), table 9: the recipe,
-           without repeated augmentation.
+Paper:     Dosovitskiy et al. 2021 (arXiv 2010.11929): the model. Touvron et al. 2021 (DeiT, arXiv 2012.12877), table 9: the
+           recipe, without repeated augmentation.
 Expected:  not measured by this project yet; DeiT-B reports 81.8 % top-1 (with repeated augmentation).
 Hardware:  4.1e19 floating-point operations (3 passes of 35 GFLOP an image, 1.28 M images, 300 epochs): about 14 hours on 8
            accelerators of 100 TFLOP/s effective bfloat16.
