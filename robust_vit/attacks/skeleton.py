@@ -300,12 +300,18 @@ def finish(attack: Attack, model: Model, state: State) -> AttackResult:
 
 
 def in_float32(model: Model) -> Model:
-    """The model's float32 twin: the same weights, computed in float32 where its module computes in less."""
+    """The model's float32 twin: the same weights, computed in float32 where its module computes in less.
+
+    A fused attention becomes the explicit one: the kernel of a GPU is half precision, and has no second derivative.
+    """
     module = getattr(model, "module", None)
     dtype = getattr(module, "dtype", None)
     if dtype is None or jnp.dtype(dtype).itemsize >= 4:
         return model
-    return model.replace(module=module.clone(dtype="float32" if isinstance(dtype, str) else jnp.float32))
+    changes = {"dtype": "float32" if isinstance(dtype, str) else jnp.float32}
+    if getattr(module, "attention", None) == "fused":
+        changes["attention"] = "explicit"
+    return model.replace(module=module.clone(**changes))
 
 
 def _select(keep: jax.Array, old: State, new: State) -> State:

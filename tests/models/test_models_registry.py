@@ -154,6 +154,7 @@ def test_equal_classifiers_share_one_trace(random_variables):
         (lambda: models.build("vit", num_classes=2, size="Ti", neighbourhood=4), "odd"),
         (lambda: models.build("vit", num_classes=2, size="Ti", dropout=1.0), "probability"),
         (lambda: models.build("vit", num_classes=2, size="Ti", dtype="bf16"), "did you mean 'bfloat16'"),
+        (lambda: models.build("vit", num_classes=2, size="Ti", attention="fusd"), "did you mean 'fused'"),
         (lambda: models.build("vit", num_classes=2, size="Ti", patch=0), "positive"),
         (lambda: models.build("resnet", num_classes=2, depth=19), "depth 19"),
         (lambda: models.build("resnet", num_classes=2, depth=18, stem="cifr"), "did you mean 'cifar'"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from robust_vit import models
+from robust_vit import classifier, models
+from robust_vit.attacks import skeleton
 
 SHAPE = (2, 8, 8, 1)
 SMALL = {"width": 16, "depth": 1, "heads": 2, "patch": 2}
@@ -303,3 +304,6 @@ def test_explicit_gives_the_model_of_which_every_derivative_exists():
     assert models.explicit(fused) == _build()
     resnet = models.build("resnet", num_classes=3, depth=8)
     assert models.explicit(resnet) is resnet
+    spec = classifier.ImageSpec(size=(8, 8), channels=1, mean=(0.3,), std=(0.5,))
+    half = classifier.Classifier(variables={}, module=_build(attention="fused", dtype="bfloat16"), spec=spec)
+    assert skeleton.in_float32(half).module == _build()
