@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import pathlib
@@ -15,14 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from robust_vit import classifier as classifiers
-from robust_vit import errors, files, mesh, processes, progress, report, studies
+from robust_vit import errors, files, processes, progress, report, studies
 from robust_vit.report import provenance, results
-from robust_vit.studies import foreign
+from robust_vit.studies import foreign, identity
 from robust_vit.studies import study as study_lib
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +63,7 @@ def run_study(
     directory = pathlib.Path(directory)
     chunks = directory / "chunks"
     study = _settle(study, subject, directory)
-    asked = files.jsonable(_asked(study, subject))
+    asked = files.jsonable(identity.asked(study, subject))
     if processes.from_first(np.asarray(processes.is_first() and _is_finished(directory, asked, label))):
         return results.read(directory, study=study) if processes.is_first() else None
     reason = study.applicable(subject)
@@ -240,7 +238,7 @@ def _is_finished(directory: pathlib.Path, asked: Mapping[str, Any], label: str) 
     """Whether the result on disk answers what is asked; one of something else is removed."""
     if not results.is_finished(directory):
         return False
-    difference = _difference(results.read_asked(directory), asked)
+    difference = identity.difference(results.read_asked(directory), asked)
     if not difference:
         shutil.rmtree(directory / "chunks", ignore_errors=True)
         return True
@@ -257,7 +255,7 @@ def _open_chunks(chunks: pathlib.Path, asked: Mapping[str, Any], label: str) -> 
     if journal.is_file():
         try:
             content = files.read_json(journal)
-            difference = _difference(content["asked"], asked)
+            difference = identity.difference(content["asked"], asked)
         except (errors.UserError, KeyError, TypeError):
             difference = "an unreadable journal"
         if difference:
@@ -334,27 +332,6 @@ def _is_whole(path: pathlib.Path) -> bool:
     return True
 
 
-def _asked(study: studies.Study, subject: studies.Subject) -> dict[str, Any]:
-    """What identifies a result: the same answer means that nothing needs to be computed again."""
-    return {
-        "study": study.name,
-        "settings": study.settings(),
-        "model": _model_fingerprint(subject),
-        "data": {
-            "name": subject.image_source,
-            "fingerprint": _data_fingerprint(subject.test),
-            "examples": int(subject.test.num_examples),
-        },
-        "validation data": _data_fingerprint(subject.validation),
-        "training data": _data_fingerprint(subject.train),
-        "classes": int(subject.num_classes),
-        "threat": subject.threat,
-        "seed": int(subject.seed),
-        "weight_decay": float(subject.weight_decay),
-        "label_smoothing": float(subject.label_smoothing),
-    }
-
-
 def _settle(study: studies.Study, subject: studies.Subject, directory: pathlib.Path) -> studies.Study:
     """`Study.settle` by what is on the disk; of several processes the first decides."""
     settled = study.settle(subject, _stored_settings(directory))
@@ -374,11 +351,6 @@ def _stored_settings(directory: pathlib.Path) -> Mapping[str, Any] | None:
         return None
 
 
-def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The parts of `asked` in which a stored result differs, in words; empty where it is the same."""
-    return " and ".join(key.replace("_", " ") for key in asked if stored.get(key) != asked[key])
-
-
 def _circumstances(
     asked: Mapping[str, Any], *, seconds: float, attempts: int, passes: tuple[int, int]
 ) -> dict[str, Any]:
@@ -389,31 +361,3 @@ def _circumstances(
         "attempts": attempts,
         "passes_planned": {"forward": int(passes[0]), "backward": int(passes[1])},
     }
-
-
-def _data_fingerprint(stream: Any) -> str | None:
-    if stream is None:
-        return None
-    fingerprint = getattr(getattr(stream, "source", None), "fingerprint", None)
-    if fingerprint is not None:
-        return str(fingerprint)
-    batch = stream.batch(0)
-    return _digest([batch["image"], batch["label"]])
-
-
-def _model_fingerprint(subject: studies.Subject) -> str:
-    """A short hash of the weights; of the first logits where the weights are out of sight."""
-    leaves = jax.tree.leaves(subject.classifier.variables)
-    if not leaves:
-        # Three digits: a foreign function may differ by rounding from machine to machine.
-        logits = mesh.fetch(subject.classifier(subject.put(subject.test.batch(0)["image"])))
-        leaves = [np.round(np.asarray(logits, np.float32), 3) + 0.0]
-    return _digest(leaves)
-
-
-def _digest(arrays: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for array in map(mesh.fetch, arrays):
-        digest.update(f"{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]

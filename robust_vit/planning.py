@@ -7,6 +7,7 @@ cache keeps them for the run. Minutes come from a calibration that executes thes
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -74,14 +75,17 @@ class Speed:
 
     def of(self, part: Part) -> float:
         """Seconds of the work that is left of a part."""
-        rate = self.rates.get(part.run, _TYPICAL * self.product)
-        return part.share * sum(
-            program.times * self.seconds.get(program.key, cost.flops / rate) for program, cost in part.pairs
-        )
+        return part.share * sum(self._seconds(part))
 
     def timed(self, part: Part) -> bool:
-        """Whether all that counts in a part was timed, rather than derived from its operations."""
-        return all(program.key in self.seconds for program, cost in part.pairs if cost.flops > _NEGLIGIBLE)
+        """Whether nine tenths of a part's seconds were timed, rather than derived from operations."""
+        derived = [program.key not in self.seconds for program in part.programs]
+        seconds = self._seconds(part)
+        return not part.share or sum(map(operator.mul, derived, seconds)) <= 0.1 * sum(seconds)
+
+    def _seconds(self, part: Part) -> list[float]:
+        rate = self.rates.get(part.run, _TYPICAL * self.product)
+        return [program.times * self.seconds.get(program.key, cost.flops / rate) for program, cost in part.pairs]
 
 
 def plan(setups: Mapping[str, runs.Setup], asked: Mapping[str, studies.Study]) -> str:
@@ -132,7 +136,7 @@ def calibrate(parts: Sequence[Part], setups: Mapping[str, runs.Setup]) -> Speed:
         run, program, cost = candidates[key]
         # A first call and one that is timed, both perhaps at a quarter of a product's speed.
         if 8 * cost.flops / product < until - time.monotonic() and cost.memory < limit:
-            seconds[key] = programs.measure(program, cost, seconds=CALIBRATION_SECONDS / 20)
+            seconds[key] = programs.measure(program, cost, seconds=CALIBRATION_SECONDS / 30)
             done.setdefault(run, []).append((cost.flops, seconds[key]))
     rates = {run: sum(flops for flops, _ in pairs) / sum(took for _, took in pairs) for run, pairs in done.items()}
     for run in {run for run, _, _ in candidates.values()} - rates.keys():
@@ -165,7 +169,10 @@ def render(parts: Sequence[Part], speed: Speed) -> str:
         if largest is not None:
             sizes = largest.argument_bytes, largest.temporary_bytes, largest.output_bytes
             memory = programs.size_text(largest.memory), " + ".join(map(programs.size_text, sizes))
-        minutes = f"{'' if speed.timed(part) else '~'}{speed.of(part) / 60:,.1f}" if part.programs else ""
+        minutes = ""
+        if part.programs:
+            number = speed.of(part) / 60
+            minutes = f"{'' if speed.timed(part) else '~'}{number:,.{0 if number >= 100 else 2}f}"
         rows.append((part.run, part.name, work, *passes, minutes, *memory))
     total = sum(speed.of(part) for part in parts)
     compiling = sum(cost.compile_seconds for cost in {id(cost): cost for part in parts for cost in part.costs}.values())
@@ -265,7 +272,7 @@ def _probe(setup: runs.Setup, product: float, seconds: float) -> float | None:
 def _remedy(part: Part) -> str:
     if part.name in ("training", "validation"):
         return "set train.accumulate=auto, model.remat with model.scan, or bfloat16; or shard the parameters"
-    return f"set studies.{part.name}.batch=auto"
+    return f"set studies.{part.name}.batch=auto (of hessian_spectrum: microbatch=auto)"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...]) -> list[str]:

@@ -230,8 +230,8 @@ def materialise(tree: PyTree) -> PyTree:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            keys = jax.random.split(jax.random.key(0), math.prod(leaf.shape)).reshape(leaf.shape)
-            return keys if leaf.shape else jax.random.key(0)
+            words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+            return jax.random.wrap_key_data(np.zeros((*leaf.shape, *words), np.uint32))
         floating = jax.dtypes.issubdtype(leaf.dtype, np.inexact)
         values = np.resize(block, leaf.shape) if floating else np.zeros(leaf.shape)
         return jax.device_put(values.astype(leaf.dtype), leaf.sharding)

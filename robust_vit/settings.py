@@ -108,8 +108,8 @@ def default() -> ml_collections.ConfigDict:
     config.checkpoint.keep = 2  # Newest checkpoints kept, beside the best.
 
     config.profile = ml_collections.ConfigDict()
-    config.profile.start = 10  # First step of the trace.
-    config.profile.steps = 0  # Length of the trace; 0 writes none.
+    config.profile.start = 10  # First step of the trace, counted from where this process begins.
+    config.profile.steps = 0  # Length of the trace; 0 writes none. `python -m robust_vit.profile RUN` reads it.
 
     config.studies = ml_collections.ConfigDict()  # Label -> study and its settings, see `study`.
     return config.lock()
@@ -200,6 +200,9 @@ def check_names(run: ml_collections.ConfigDict) -> None:
             raise errors.unknown(kind, given, known)
     if run.replicas < 1:
         raise errors.UserError(f"replicas={run.replicas}: expected at least 1.")
+    for key, least in (("start", 1), ("steps", 0)):
+        if run.profile[key] < least:
+            raise errors.UserError(f"profile.{key}={run.profile[key]}: expected a number of steps from {least}.")
 
 
 def _override(config: ml_collections.ConfigDict, overrides: Mapping[str, Any], path: str) -> None:

@@ -172,10 +172,10 @@ def _described(title: str, program: programs.Program, pod: Slice) -> list[str]:
     except jax.errors.JaxRuntimeError as error:
         if not programs.out_of_memory(error):
             raise
-        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
-        needs = f"needs {used.group(1)} of {used.group(2)}" if used else f"needs more than {pod.kind.memory:g} GiB"
+        used = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        needs = f"needs {used.group(1)} GiB of {used.group(2)}" if used else f"needs more than {pod.kind.memory:g} GiB"
         return [
-            f"{title}: does not fit: {needs} a chip. Set train.accumulate, model.remat, bfloat16, a smaller batch or more chips."
+            f"{title}: does not fit: {needs} on a chip. Set train.accumulate, model.remat or bfloat16, or take more chips."
         ]
     sizes = cost.argument_bytes, cost.temporary_bytes, cost.output_bytes
     parts = [

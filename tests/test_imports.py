@@ -16,7 +16,7 @@ FLOORS = {
     2: "attacks corruptions curvature metrics models data",
     3: "training",
     4: "studies objectives",
-    5: "train evaluate report runs settings presets planning topology",
+    5: "train evaluate report runs settings presets planning topology profile",
     6: "main",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_vit import classifier, loops
+from robust_vit import classifier, errors, loops
 
 
 def _double_and_add(state, index, offset):
@@ -159,3 +159,33 @@ def test_accumulate_takes_convolutions(image_and_kernel):
     gradient = jax.grad(lambda k: loops.accumulate(_convolved_sum, batches, k))(kernel)
     direct = jax.grad(lambda k: sum(_convolved_sum(batch, k) for batch in batches))(kernel)
     np.testing.assert_allclose(gradient, direct, rtol=1e-4, atol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A function of each example alone; with a convolution, which takes the host loop on a CPU."""
+
+    convolved: bool
+
+    def __call__(self, batch, kernel):
+        images, labels = batch
+        out = _convolve(images, 0, kernel) if self.convolved else images * kernel.sum()
+        return {"out": out, "twice": 2 * labels}
+
+
+@pytest.mark.parametrize("convolved", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_slices_joined_are_the_batch(convolved, size, image_and_kernel):
+    _, kernel = image_and_kernel
+    batch = (jax.random.normal(jax.random.key(2), (6, 5, 5, 2)), jnp.arange(6))
+    function = _Rows(convolved)
+    found = loops.concatenate(function, batch, kernel, size=size)
+    expected = function(batch, kernel)
+    np.testing.assert_array_equal(found["twice"], expected["twice"])
+    np.testing.assert_allclose(found["out"], expected["out"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, 4, 7])
+def test_a_slice_that_does_not_divide_the_batch_is_told(size):
+    with pytest.raises(errors.UserError, match=f"6 examples cannot be taken {size} at a time: choose a divisor of 6"):
+        loops.split({"x": jnp.zeros((6, 2))}, size)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robust_vit import errors
 from robust_vit.models import attention, gating
 
 
@@ -46,6 +47,75 @@ def test_attend_keeps_bfloat16_and_is_stable_at_large_logits():
     assert out.dtype == weights.dtype == jnp.bfloat16
     assert jnp.all(jnp.isfinite(out))
     np.testing.assert_allclose(jnp.sum(weights.astype(jnp.float32), -1), 1.0, atol=1e-2)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_is_attend_with_tokens_before_heads(biased, masked):
+    query, key, value = (jnp.asarray(_draw(2, 3, 4, 8, seed=seed)) for seed in range(3))
+    bias = jnp.asarray(_draw(3, 4, 4, seed=3)) if biased else None
+    allowed = jnp.asarray(np.tri(4, dtype=bool)) if masked else None
+
+    def explicit(query, key, value):
+        return attention.attend(query, key, value, bias=bias, allowed=allowed)
+
+    def fused(query, key, value):
+        parts = (each.swapaxes(1, 2) for each in (query, key, value))
+        mixed, weights = attention.fused(*parts, bias=bias, allowed=allowed)
+        return mixed.swapaxes(1, 2), weights
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(function(*args)[0])), argnums=(0, 1, 2)))
+
+    ours, theirs = (
+        (function(query, key, value), gradient(function)(query, key, value)) for function in (explicit, fused)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), ours, theirs)
+
+
+def test_weights_that_nobody_reads_are_not_computed_beside_the_fused_path():
+    tokens = jnp.asarray(_draw(2, 16, 3, 8))
+
+    def products(function):
+        return jax.jit(function).lower(tokens).compile().as_text().count(" dot(")
+
+    alone = products(lambda x: attention.fused(x, x, x)[0])
+    assert products(lambda x: attention.fused(x, x, x)) > alone
+    # Logits and values: two.
+    assert alone == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dtype": jnp.float32}, 'computes in bfloat16, not float32: set dtype="bfloat16", or attention="explicit"'),
+        ({"depth": 12}, "multiple of 8 channels, 128 at most, not 12: change width or heads"),
+        ({"depth": 256}, "not 256"),
+        ({"shifted": True}, 'even number of tokens beside a bias or a mask, not 197: set head="gap"'),
+    ],
+)
+def test_what_the_kernel_of_a_gpu_cannot_do_is_told(given, message):
+    fits = {"dtype": jnp.bfloat16, "depth": 64, "tokens": 197, "shifted": False}
+    attention.check_kernel(**fits)
+    with pytest.raises(errors.UserError, match=message) as caught:
+        attention.check_kernel(**{**fits, **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_on_a_gpu_fused_asks_for_the_kernel(monkeypatch):
+    asked = []
+
+    def kernel(query, key, value, *, implementation, **_):
+        asked.append(implementation)
+        return query
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    half = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    attention.fused(half, half, half)
+    assert asked == ["cudnn"]
+    with pytest.raises(errors.UserError, match='set dtype="bfloat16"'):
+        attention.fused(*3 * (jnp.ones((1, 4, 2, 8)),))
 
 
 def test_second_derivatives_agree():
