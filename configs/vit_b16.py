@@ -26,7 +26,12 @@ def get_config(argument: str = ""):
     # Small images are enlarged inside the classifier: at 32 px a patch of 16 would leave four tokens.
     smoke = presets.apply_argument(config, argument, data="imagenet", image_size=224)
     if config.data.augment[0].startswith("random_resized_crop"):
-        config.data.augment += ("rand_augment(2, 9, 0.5, 'timm')", "random_erasing(0.25)")
+        config.data.augment = (
+            "random_resized_crop(224, 0.08, 1.0, 'bicubic')",
+            "flip()",
+            "rand_augment(2, 9, 0.5, 'timm')",
+            "random_erasing(0.25)",
+        )
     config.objective.update({"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0})
     config.optimizer.learning_rate = 5e-4
     config.optimizer.reference_batch = 512

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from robust_vit import classifier as classifiers
-from robust_vit import errors, files, processes, progress, report, studies
+from robust_vit import errors, files, mesh, processes, progress, report, studies
 from robust_vit.report import provenance, results
 from robust_vit.studies import foreign, identity
 from robust_vit.studies import study as study_lib
@@ -284,7 +284,8 @@ def _run_chunks(
         if stop():
             raise Stopped(f"{label} on {subject.name}: stopped before chunk {index + 1} of {count}.")
         start = time.monotonic()
-        records = {key: np.asarray(value) for key, value in study.chunk(subject, index).items()}
+        with mesh.context(subject.mesh):
+            records = {key: np.asarray(value) for key, value in study.chunk(subject, index).items()}
         _check_chunk(records, label, index)
         durations.append(time.monotonic() - start)
         if processes.is_first():

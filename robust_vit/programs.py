@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_vit import errors
+from robust_vit import errors, mesh
 
 PyTree = Any
 AUTO = "auto"
@@ -88,7 +88,10 @@ def inspect(program: Program) -> Cost:
       jax.errors.JaxRuntimeError: the compiler found that it does not fit (TPU); see `out_of_memory`.
     """
     started = time.monotonic()
-    traced = program.function.trace(*program.static, *program.arguments)
+    placed = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(program.arguments))
+    shared = next((sharding.mesh for sharding in placed if isinstance(sharding, jax.sharding.NamedSharding)), None)
+    with mesh.context(shared):
+        traced = program.function.trace(*program.static, *program.arguments)
     compiled = traced.lower().compile()
     seconds = time.monotonic() - started
     analysis = compiled.cost_analysis() or {}

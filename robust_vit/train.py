@@ -114,6 +114,11 @@ def train(setup: runs.Setup, *, stop: Callable[[], bool] = lambda: False) -> Non
       Stopped: the state is saved; the same call goes on.
       errors.UserError: a metric became non-finite (naming the step and the metric), no space is left.
     """
+    with mesh.context(setup.mesh):
+        _train(setup, stop)
+
+
+def _train(setup: runs.Setup, stop: Callable[[], bool]) -> None:
     config = setup.config
     if processes.is_first():
         files.write_json(setup.folder / runs.IDENTITY_FILE, settings.training_identity(config))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from robust_vit import errors
+from robust_vit import errors, mesh
 from robust_vit.models import batch_norm, gating, initializers
 
 # depth: (blocks of each stage, bottleneck), He et al. 2016, table 1.
@@ -44,7 +44,7 @@ class Convolution(nn.Module):
         padding = self.size // 2
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            mesh.whole(kernel.astype(self.dtype)),
             (self.stride, self.stride),
             ((padding, padding), (padding, padding)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -121,7 +121,7 @@ class ViT(nn.Module):
                 self.heads, self.mlp_width, self.qkv_bias, self.approximate_gelu, self.dtype, name="pool"
             )(x)
         features["pre_logits"] = x
-        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="head")
+        head = layers.Dense(self.num_classes, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="head")
         return head(x).astype(jnp.float32), features
 
     def _embed(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:

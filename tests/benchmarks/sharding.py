@@ -21,9 +21,8 @@ import time
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 import jax
-import numpy as np
 
-from robust_vit import collectives, mesh, progress, runs, settings, train
+from robust_vit import collectives, mesh, programs, progress, runs, settings, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCALING_CONFIG = """
@@ -54,12 +53,7 @@ def _setup(count: int, sharding: str, model, *, batch: int, image_size: int | No
 
 
 def _compiled(setup: runs.Setup):
-    placed, size = mesh.batched(setup.mesh), (setup.config.data.batch, *setup.bundle.train.image_shape)
-    batch = {
-        "image": jax.ShapeDtypeStruct(size, np.float32, sharding=placed),
-        "label": jax.ShapeDtypeStruct(size[:1], np.int32, sharding=placed),
-    }
-    return train._compiled_step(setup).lower(setup.abstract_state(), batch, setup.keys("train")).compile()
+    return programs.inspect(train.step_program(setup)).compiled
 
 
 def _megabytes(value: float) -> str:
@@ -120,7 +114,8 @@ def train_huge() -> None:
     for index in range(2):
         batch = setup.bundle.train.batch(index)
         began = time.perf_counter()
-        state = step(state, mesh.put_batch(setup.mesh, {name: batch[name] for name in ("image", "label")}), keys)
+        with mesh.context(setup.mesh):
+            state = step(state, mesh.put_batch(setup.mesh, {name: batch[name] for name in ("image", "label")}), keys)
         loss = float(state.sums["loss"]) / (index + 1)
         print(f"step {index + 1}: mean loss {loss:.4f}, {time.perf_counter() - began:.0f} s", flush=True)
 

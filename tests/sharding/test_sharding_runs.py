@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from robust_vit import checkpoints, collectives, errors, mesh, progress, runs, settings, studies, train
+from robust_vit import checkpoints, collectives, errors, mesh, programs, progress, runs, settings, studies, train
 
 LAYOUTS = {"one": (1, "data"), "data": (8, "data"), "fsdp": (8, "fsdp"), "both": (8, "fsdp=4")}
 # Largest differences seen in 5 runs of this file, as shares of the value: 3e-7 of a loss of the ViT, 2e-6 of one of the ResNet
@@ -83,13 +83,7 @@ def test_the_loss_curve_and_the_decisions_are_those_of_one_device(trained, model
 
 
 def _compiled(setup: runs.Setup):
-    step = train._compiled_step(setup)
-    size = (setup.config.data.batch, *setup.bundle.train.image_shape)
-    batch = {
-        "image": jax.ShapeDtypeStruct(size, np.float32, sharding=mesh.batched(setup.mesh)),
-        "label": jax.ShapeDtypeStruct(size[:1], np.int32, sharding=mesh.batched(setup.mesh)),
-    }
-    return step.lower(setup.abstract_state(), batch, setup.keys("train")).compile()
+    return programs.inspect(train.step_program(setup)).compiled
 
 
 def _bytes(leaves) -> int:
