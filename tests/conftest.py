@@ -10,6 +10,21 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Files of minutes: they start first, so that no worker is left alone with one at the end.
+LONGEST = (
+    "test_sharding.py",
+    "test_processes.py",
+    "test_main.py",
+    "test_planning.py",
+    "test_train.py",
+    "test_readme.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; otherwise as collected."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):

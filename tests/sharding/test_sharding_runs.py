@@ -63,9 +63,7 @@ def trained(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(
-    ("model", "layout"), [("vit", "data"), ("vit", "fsdp"), ("vit", "both"), ("resnet", "data"), ("resnet", "both")]
-)
+@pytest.mark.parametrize(("model", "layout"), [("vit", "data"), ("vit", "both"), ("resnet", "data")])
 def test_the_loss_curve_and_the_decisions_are_those_of_one_device(trained, model, layout):
     (one, alone), (many, shared) = trained(model, "one"), trained(model, layout)
     curves = [progress.read(setup.folder / "metrics.jsonl") for setup in (one, many)]
@@ -125,14 +123,14 @@ def test_fully_sharded_gathers_parameters_once_and_keeps_a_share(tmp_path, layou
 
 
 def test_a_checkpoint_of_8_devices_is_restored_by_2(trained, tmp_path):
-    setup, _ = trained("vit", "fsdp")
+    setup, _ = trained("vit", "both")
     reader = runs.prepare(_config("vit", "data"), tmp_path, devices=jax.devices()[:2])
     state = checkpoints.restore(setup.folder / "checkpoints", reader.abstract_state()).state
     wanted = checkpoints.restore(setup.folder / "checkpoints", setup.abstract_state()).state
     for left, right in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(left, right)
         assert len(left.sharding.device_set) == 2
-    assert not jax.tree.leaves(wanted.params)[-1].sharding.is_fully_replicated or len(jax.devices()) == 8
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(wanted.params))
 
 
 def test_training_goes_on_with_other_devices(trained, tmp_path):
