@@ -33,7 +33,7 @@ def get_config():
         config.studies = {
             "accuracy": settings.study("accuracy", batch=16),
             "attack_curve": settings.study(
-                "attack_curve", attacks=("pgd",), steps=2, multiples=(0.25, 1.0), examples=24, batch=8, unbounded=False
+                "attack_curve", attacks=("fgsm",), multiples=(0.25, 1.0), examples=24, batch=8, unbounded=False
             ),
             "hessian_spectrum": settings.study("hessian_spectrum", mini_batches=1, rank=4, top=2, batch=16),
         }

@@ -33,9 +33,9 @@ def get_config():
     config = settings.default()
     config.data.update({"name": "textured_shapes/grey", "eval_batch": 64, "test_limit": 64})
     with config.unlocked():
-        config.model = settings.model("vit", width=192, depth=6, heads=3, mlp_width=768, patch=4)
-    config.train.steps = 60
-    config.log_every = 10
+        config.model = settings.model("vit", width=192, depth=2, heads=3, mlp_width=768, patch=4)
+    config.train.steps = 24
+    config.log_every = 4
     config.checkpoint.every_epochs = 1e9
     return config
 """
@@ -121,12 +121,12 @@ def train_huge() -> None:
 
 
 def scaling() -> None:
-    """Images a second of the whole program, one core a process, 64 images a process and step; three interleaved rounds."""
+    """Images a second of the whole program, one core a process, 64 images a process and step; two interleaved rounds."""
     speeds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         config = pathlib.Path(folder) / "config.py"
         config.write_text(SCALING_CONFIG)
-        for turn in range(4):
+        for turn in range(3):
             for count in speeds:
                 workdir = pathlib.Path(folder) / f"{count}_{turn}"
                 command = [sys.executable, str(ROOT / "launch" / "local_processes.py"), f"--processes={count}"]
