@@ -35,7 +35,6 @@ def get_config():
             "attack_curve": settings.study(
                 "attack_curve", attacks=("fgsm",), multiples=(0.25, 1.0), examples=24, batch=8, unbounded=False
             ),
-            "hessian_spectrum": settings.study("hessian_spectrum", mini_batches=1, rank=4, top=2, batch=16),
         }
     config.threat = "textured_shapes/linf-8"
     config.train.steps = 36

@@ -7,11 +7,13 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 HERE = pathlib.Path(__file__).parent
 
 
-def test_under_8_devices(tmp_path):
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(HERE / "sharding")]
+def _run(*options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *options, str(HERE / "sharding")]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
@@ -19,4 +21,12 @@ def test_under_8_devices(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-    assert "no tests ran" not in done.stdout
+
+
+def test_under_8_devices():
+    _run()
+
+
+@pytest.mark.slow
+def test_under_8_devices_what_compiles_longest():
+    _run("-m", "slow")

@@ -67,6 +67,7 @@ def test_floor_runs_every_product(benchmark):
     assert passes.floor(lambda x: jnp.sin(x @ x) @ x, jnp.ones((8, 8)), calls=1) > 0.0
 
 
+@pytest.mark.slow
 def test_accelerator_suite_reports_every_row(benchmark, capsys):
     benchmark["accelerator"].report(tiny=True, rows=["ViT-tiny"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ViT-tiny")]

@@ -25,7 +25,11 @@ def _config(model: str, sharding: str, **flat):
     with config.unlocked():
         config.model = MODELS[model]
         config.studies = {"accuracy": settings.study("accuracy", batch=16)}
-        if model == "vit":  # The attack of a ResNet compiles for half a minute under 8 devices.
+        if model == "resnet":
+            config.studies["hessian_spectrum"] = settings.study(
+                "hessian_spectrum", mini_batches=1, rank=4, top=2, batch=16
+            )
+        else:  # The attack of a ResNet compiles for half a minute under 8 devices.
             config.studies["attack_curve"] = settings.study(
                 "attack_curve", attacks=("pgd",), steps=2, multiples=(0.25, 1.0), examples=16, batch=16, unbounded=False
             )
@@ -61,7 +65,9 @@ def trained(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("model", "layout"), [("vit", "data"), ("vit", "both"), ("resnet", "data")])
+@pytest.mark.parametrize(
+    ("model", "layout"), [("vit", "data"), ("vit", "both"), pytest.param("resnet", "data", marks=pytest.mark.slow)]
+)
 def test_the_loss_curve_and_the_decisions_are_those_of_one_device(trained, model, layout):
     (one, alone), (many, shared) = trained(model, "one"), trained(model, layout)
     curves = [progress.read(setup.folder / "metrics.jsonl") for setup in (one, many)]
@@ -172,6 +178,7 @@ def test_batches_that_do_not_divide(tmp_path):
     np.testing.assert_array_equal(mesh.fetch(split), np.arange(16.0))
 
 
+@pytest.mark.slow
 def test_several_seeds_and_parts_of_a_batch_are_sharded_too(tmp_path):
     """`replicas` adds an axis to every array, `accumulate` cuts the batch: both keep the numbers."""
     found = []
