@@ -197,9 +197,6 @@ def _holds_convolution(jaxpr) -> bool:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
             return True
-        for value in equation.params.values():
-            for inner in value if isinstance(value, list | tuple) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns") and _holds_convolution(inner):
-                    return True
+        if any(_holds_convolution(inner) for inner in programs.inner_jaxprs(equation)):
+            return True
     return False

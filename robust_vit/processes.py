@@ -26,7 +26,6 @@ _logger = logging.getLogger(__name__)
 
 # A worker that stops answering ends the job after so many seconds: XLA's default of 100 is more than the minute we promise.
 HEARTBEAT_SECONDS = 30
-_DIGEST_WORDS = 8
 _EXIT_ALONE = 1  # Not a user's mistake: machines of a pod may start minutes apart, and launchers try again.
 
 
@@ -252,7 +251,7 @@ def _number(variable: str) -> int | None:
 
 
 def _digest(text: str) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)[:_DIGEST_WORDS]
+    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
 
 
 def _give_up(message: str) -> None:

@@ -291,7 +291,7 @@ def _products(jaxpr: Any) -> tuple[float, float]:
             outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             count = 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
             once, whole = once + count, whole + count
-        inner = [_products(part) for part in _inner(equation)]
+        inner = [_products(part) for part in inner_jaxprs(equation)]
         if not inner:
             continue
         if name == "cond":
@@ -302,7 +302,8 @@ def _products(jaxpr: Any) -> tuple[float, float]:
     return once, whole
 
 
-def _inner(equation: Any) -> list[Any]:
+def inner_jaxprs(equation: Any) -> list[Any]:
+    """The jaxprs that an equation of a jaxpr holds: bodies of loops, branches of conditionals, functions that are called."""
     found = []
     for value in equation.params.values():
         for part in value if isinstance(value, list | tuple) else (value,):

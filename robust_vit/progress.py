@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from robust_vit import files
+from robust_vit import files, processes
 
 _logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -36,7 +36,7 @@ class TrainingLog:
 
     def __init__(self, folder: pathlib.Path, *, total: int, batch: int, start: int):
         self._folder, self._total, self._batch = folder, total, batch
-        self._active = jax.process_index() == 0
+        self._active = processes.is_first()
         self._name = folder.name
         self._step = start
         self._time = self._began = time.monotonic()
@@ -101,7 +101,7 @@ class Trace:
     def __init__(self, folder: pathlib.Path, *, start: int, steps: int):
         self._folder, self._start, self._end = folder, start, start + steps
         self._running = False
-        self._wanted = steps > 0 and jax.process_index() == 0
+        self._wanted = steps > 0 and processes.is_first()
 
     def at(self, step: int) -> None:
         """Called before each step."""
