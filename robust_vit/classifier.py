@@ -162,3 +162,18 @@ def wrap(apply: Callable, variables: PyTree | None = None) -> Wrapped:
 def count_classes(classifier: Classifier | Wrapped, images: jax.Array) -> int:
     """The number of logits, from shapes alone (no compute)."""
     return jax.eval_shape(lambda c, x: c(x), classifier, jax.ShapeDtypeStruct(images.shape, jnp.float32)).shape[-1]
+
+
+def in_float32(model: Any) -> Any:
+    """The model's float32 twin: the same weights, computed in float32 where its module computes in less.
+
+    A fused attention becomes the explicit one: the kernel of a GPU is half precision, and has no second derivative.
+    """
+    module = getattr(model, "module", None)
+    dtype = getattr(module, "dtype", None)
+    if dtype is None or jnp.dtype(dtype).itemsize >= 4:
+        return model
+    changes = {"dtype": "float32" if isinstance(dtype, str) else jnp.float32}
+    if getattr(module, "attention", None) == "fused":
+        changes["attention"] = "explicit"
+    return model.replace(module=module.clone(**changes))

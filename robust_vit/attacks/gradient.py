@@ -1,15 +1,113 @@
-"""Attacks by the gradient of the loss in the pixels: FGSM and PGD."""
+"""Attacks by steps along the gradient in a ball: FGSM, BIM, PGD."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from robust_vit import errors
-from robust_vit.attacks import norms, skeleton, threats
+from robust_vit.attacks import arguments, evaluation, norms, skeleton, threats
+
+
+def constant(progress: jax.Array) -> jax.Array:
+    """The step size as it is."""
+    return jnp.ones_like(progress)
+
+
+def cosine(progress: jax.Array) -> jax.Array:
+    """The step size falling to zero along half a cosine."""
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine}
+
+
+class ProjectedAscent(skeleton.Attack, kw_only=True):
+    """Projected steepest ascent of the loss in a ball. `robust_vit.attacks.build("pgd", ...)` makes one.
+
+    Attributes:
+      epsilon: radius of the ball, in pixel units [0, 1].
+      relative_step: length of a step in units of epsilon, so that a sweep over epsilon scales the steps too.
+      schedule: factor of the step size from the progress in [0, 1) of a restart, a named function.
+      steps: gradient steps from each start.
+      restarts: starts, at least one.
+      random_start: start uniformly in the ball rather than at the clean image.
+      stop_on_success: leave an example alone as soon as it reaches the goal, which the clean image may do by itself. Without it
+        every example takes all steps, and the images are the last iterates unless only an earlier one reached the goal.
+    """
+
+    epsilon: Any
+    relative_step: Any
+    schedule: Callable = flax.struct.field(pytree_node=False, default=constant)
+    steps: int = flax.struct.field(pytree_node=False, default=10)
+    restarts: int = flax.struct.field(pytree_node=False, default=1)
+    random_start: bool = flax.struct.field(pytree_node=False, default=True)
+    stop_on_success: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @property
+    def evaluations(self) -> int:
+        """Steps of one example at most, the evaluations of random starts' ends included."""
+        return self.restarts * (self.steps + 1) if self.random_start else self.steps
+
+    @property
+    def judge_passes(self) -> int:
+        """One forward pass; without `stop_on_success` another one, of the last iterate."""
+        return 1 if self.stop_on_success else 2
+
+    def sweep(self, epsilons: Float[Array, " sweep"]) -> ProjectedAscent:
+        """This attack at each radius, its numbers stacked: `jax.vmap(lambda a: a(model, keys, images, labels))(a.sweep(e))`."""
+        epsilons = jnp.asarray(epsilons, jnp.result_type(float))
+        return self.replace(epsilon=epsilons, relative_step=jnp.broadcast_to(self.relative_step, epsilons.shape))
+
+    def step(self, model: skeleton.Model, state: skeleton.State) -> skeleton.State:
+        """Evaluates the current images and moves them. One forward and backward pass."""
+        # What is evaluated at a boundary is complete: the clean image, or the end of a restart. A new start follows.
+        phase = state.count % (self.steps + 1) if self.random_start else state.count + 1
+        restart = state.count // (self.steps + 1)
+        found = evaluation.ascent(self.loss, model, state.images, state.keys, state.labels, draw=state.count)
+        moved = self._move(state, found.gradients, phase)
+        if self.random_start:
+            starts = phase == 0
+            fresh = jax.lax.cond(jnp.any(starts), lambda: self._start(state, restart), lambda: moved)
+            moved = skeleton.select(starts, fresh, moved)
+        achieved = self.achieves(found.logits, state.labels)
+        done = state.done
+        if self.stop_on_success:
+            done = done | achieved
+            moved = skeleton.select(achieved, state.images, moved)
+        return state.replace(
+            images=moved,
+            done=done,
+            success=state.success | achieved,
+            best=skeleton.select(achieved & ~state.success, state.images, state.best),
+            vanished=state.vanished + found.vanished,
+        )
+
+    def answer(self, model: skeleton.Model, state: skeleton.State) -> jax.Array:
+        """With `stop_on_success` the success or the last iterate; without, the last iterate wherever it is one."""
+        if self.stop_on_success:
+            return state.images
+        last = self.achieves(evaluation.logits(model, state.images, state.keys, state.count), state.labels)
+        return skeleton.select(state.success & ~last, state.best, state.images)
+
+    def _move(self, state: skeleton.State, gradients: jax.Array, phase: jax.Array) -> jax.Array:
+        epsilon = jnp.asarray(self.epsilon, gradients.dtype)
+        size = epsilon * jnp.asarray(self.relative_step, gradients.dtype)
+        progress = (phase - 1).astype(gradients.dtype) / self.steps
+        size = self.goal.direction * size * self.schedule(progress)
+        images = state.images + size[:, None, None, None] * self.norm.ascend(gradients)
+        return self.norm.project(images, state.clean, epsilon)
+
+    def _start(self, state: skeleton.State, restart: jax.Array) -> jax.Array:
+        epsilon = jnp.asarray(self.epsilon, state.clean.dtype)
+        keys = jax.vmap(jax.random.fold_in)(state.keys, restart)
+        return self.norm.project(state.clean + self.norm.draw(keys, state.clean, epsilon), state.clean, epsilon)
 
 
 def fgsm(
@@ -74,25 +172,8 @@ def pgd(
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
       stop_on_success: leave an example alone as soon as it reaches the goal; the rate of success is the same or higher.
     """
-    if threat is not None:
-        if epsilon is not None or norm is not None:
-            raise errors.UserError(
-                "an attack got a threat and also epsilon or norm: give the threat alone, or the others."
-            )
-        model = threats.threat(threat) if isinstance(threat, str) else threat
-        epsilon, norm = model.epsilon, model.norm
-    if epsilon is None:
-        raise errors.UserError('an attack got no size: give epsilon=8/255, norm="linf", or threat="cifar10/linf-8".')
-    if np.any(np.asarray(epsilon) < 0) or not np.all(np.isfinite(epsilon)):
-        raise errors.UserError(f"epsilon is {epsilon}: expected a number from 0, in pixel units [0, 1] (8/255, not 8).")
-    norm = norms.find("linf" if norm is None else norm)
-    if norm is norms.LINF and np.any(np.asarray(epsilon) > 1):
-        raise errors.UserError(
-            f"epsilon is {epsilon}: pixels are in [0, 1], so the maximum norm ends at 1 (8/255, not 8)."
-        )
-    for name, value in (("steps", steps), ("restarts", restarts)):
-        if not isinstance(value, int) or value < 1:
-            raise errors.UserError(f"{name} is {value!r}: expected a whole number from 1.")
+    epsilon, norm = arguments.ball(epsilon, norm, threat)
+    arguments.counts(steps=steps, restarts=restarts)
     if restarts > 1 and not random_start:
         raise errors.UserError(f"{restarts} restarts without a random start are all the same: set random_start=True.")
     if step_size is not None:
@@ -107,30 +188,15 @@ def pgd(
         relative_step = 2.5 / steps
     if not np.all(np.isfinite(relative_step)) or np.any(np.asarray(relative_step) <= 0):
         raise errors.UserError(f"the step size is {relative_step} epsilon: expected a positive number.")
-    return skeleton.Attack(
-        epsilon=_number(epsilon),
-        relative_step=_number(relative_step),
+    return ProjectedAscent(
+        epsilon=epsilon,
+        relative_step=arguments.number(relative_step),
         norm=norm,
-        loss=_find("loss", loss, skeleton.LOSSES),
-        schedule=_find("schedule", schedule, skeleton.SCHEDULES),
-        goal=_find("goal", goal, skeleton.GOALS),
+        loss=arguments.find("loss", loss, skeleton.LOSSES),
+        schedule=arguments.find("schedule", schedule, SCHEDULES),
+        goal=arguments.find("goal", goal, skeleton.GOALS),
         steps=steps,
         restarts=restarts,
         random_start=bool(random_start),
         stop_on_success=bool(stop_on_success),
     )
-
-
-def _number(value: float | jax.Array) -> np.generic | jax.Array:
-    # A NumPy scalar, because a Python float is weakly typed and so another program than an array of the same value.
-    if isinstance(value, jax.Array):
-        return value
-    return np.asarray(value, jnp.result_type(float))[()]
-
-
-def _find(kind: str, value, known: dict):
-    if not isinstance(value, str):
-        return value
-    if value not in known:
-        raise errors.unknown(kind, value, known)
-    return known[value]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from robust_vit import errors, files, loops
-from robust_vit.attacks import skeleton
+from robust_vit.attacks import evaluation, skeleton
 
 PURPOSE = 0x61747461  # "atta": keeps the draws of attacks apart from those of everything else under the same seed.
 Example = tuple[int, int, np.ndarray, int]  # position, row, image, label
@@ -49,8 +49,9 @@ class RunResult:
 
     @property
     def useful(self) -> float:
-        """The share of executed backward passes that belonged to an unfinished example."""
-        return float(self.backward_passes.sum() / max(1, self.executed_backward_passes))
+        """The share of executed passes that belonged to an unfinished example."""
+        useful = self.forward_passes.sum() + self.backward_passes.sum()
+        return float(useful / max(1, self.executed_forward_passes + self.executed_backward_passes))
 
     def records(self) -> dict[str, np.ndarray]:
         """The per-example arrays by name, without images."""
@@ -155,7 +156,7 @@ class _Pool:
         done = np.asarray(self.state.done)
         ended = [slot for slot in range(self.slots) if done[slot] and self.occupants[slot] is not None]
         if ended:
-            moving = {name: np.asarray(getattr(self.state, name)) for name in _MOVING}
+            moving = {name: np.asarray(getattr(self.state, name)) for name in skeleton.JUDGED}
             for slot in ended:
                 self.finished.append((self.occupants[slot], {name: array[slot] for name, array in moving.items()}))
                 self.occupants[slot] = None
@@ -164,7 +165,9 @@ class _Pool:
         """Results of the finished examples that have waited longest, judged in a batch of `slots`."""
         batch, self.finished = self.finished[: self.slots], self.finished[self.slots :]
         state = self._init([example for example, _ in batch])
-        moving = {name: np.stack([values[name] for _, values in _padded(batch, self.slots)]) for name in _MOVING}
+        moving = {
+            name: np.stack([values[name] for _, values in _padded(batch, self.slots)]) for name in skeleton.JUDGED
+        }
         result = skeleton.finish(self.attack, self.model, state.replace(**jax.tree.map(jnp.asarray, moving)))
         found = {name: np.asarray(getattr(result, name))[: len(batch)] for name in _JUDGED}
         for name, column in (("position", 0), ("row", 1), ("label", 3)):
@@ -178,8 +181,9 @@ class _Pool:
         if self.keep_images:
             found["images"] = np.asarray(result.images)[: len(batch)]
         # Every example's share of the executed passes is written with it, so that a resumed run can add them up.
-        extra = int(found["forward_passes"][0] - found["backward_passes"][0])
-        found["executed"] = np.asarray([self.executed + self.slots * extra, self.executed], np.int64)
+        judged = self.slots * self.attack.judge_passes
+        passes = np.asarray(self.attack.step_passes) * self.executed + np.asarray([judged, 0])
+        found["executed"] = passes.astype(np.int64) * evaluation.passes(self.model)
         self.executed = 0
         return found
 
@@ -191,9 +195,6 @@ class _Pool:
         keys = example_keys(self.seed, np.asarray(rows, np.uint32))
         state = self.attack.init(keys, np.stack(images), np.asarray(labels, np.int32))
         return jax.tree.map(jnp.copy, state)
-
-
-_MOVING = ("images", "best", "count", "success", "vanished")
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -15,8 +15,8 @@ import scipy.stats
 from matplotlib import figure as matplotlib_figure
 from matplotlib import ticker
 
+from robust_vit import classifier as classifiers
 from robust_vit import curvature, errors, losses, plots, programs, tables, trees
-from robust_vit.attacks import skeleton
 from robust_vit.metrics import statistics
 from robust_vit.studies import forward, study
 
@@ -130,7 +130,7 @@ class HessianSpectrum(study.Study):
             "image": subject.shape((self.batch, *shape), jnp.float32),
             "label": subject.shape((self.batch,), jnp.int32),
         }
-        classifier = skeleton.in_float32(subject.classifier)
+        classifier = classifiers.in_float32(subject.classifier)
         loss = self._loss(subject)
         operator = self._operator(subject, classifier, batch)
         steps = curvature.programs(operator, rank=self.rank, check_every=min(_CHECK_EVERY, self.rank))
@@ -153,7 +153,7 @@ class HessianSpectrum(study.Study):
         """Eigenvalues, residuals and the loss of one mini-batch: one record."""
         batch = _examples(subject.train, index * self.batch, self.batch)
         # Half precision would make every small eigenvalue noise, so the float32 twin is what is differentiated.
-        classifier = skeleton.in_float32(subject.classifier)
+        classifier = classifiers.in_float32(subject.classifier)
         inputs = subject.put({"image": batch["image"], "label": batch["label"]})
         operator = self._operator(subject, classifier, inputs)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index)

@@ -11,7 +11,6 @@ import pytest
 import scipy.special
 
 from robust_vit import classifier, models
-from robust_vit.attacks import skeleton
 
 SHAPE = (2, 8, 8, 1)
 SMALL = {"width": 16, "depth": 1, "heads": 2, "patch": 2}
@@ -306,4 +305,4 @@ def test_explicit_gives_the_model_of_which_every_derivative_exists():
     assert models.explicit(resnet) is resnet
     spec = classifier.ImageSpec(size=(8, 8), channels=1, mean=(0.3,), std=(0.5,))
     half = classifier.Classifier(variables={}, module=_build(attention="fused", dtype="bfloat16"), spec=spec)
-    assert skeleton.in_float32(half).module == _build()
+    assert classifier.in_float32(half).module == _build()

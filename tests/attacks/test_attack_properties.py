@@ -1,0 +1,149 @@
+"""What holds for every registered attack: closed forms in the box, ball and box, identity, draws, refilling, restarts."""
+
+from __future__ import annotations
+
+import attack_table
+import closed_forms
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_vit import attacks, classifier
+
+SHAPE = (3, 3, 2)
+ROWS = attack_table.ROWS
+EACH = [pytest.param(name, norm, id=f"{name}-{norm}") for name, row in ROWS.items() for norm in row.norms]
+CLOSED = [
+    pytest.param(name, norm, goal, classes, id=f"{name}-{norm}-{goal}-{classes}")
+    for name, row in ROWS.items()
+    for norm in row.exact
+    for goal, classes in (*(("untargeted", count) for count in row.classes), ("targeted", 2))
+    if goal in row.goals
+]
+
+
+def test_every_attack_has_a_row():
+    assert set(ROWS) == set(attacks.ATTACKS)
+
+
+def _build(name: str, norm: str, *, epsilon=None, sharp: bool = False, **options):
+    row = ROWS[name]
+    options = {**row.options, **(row.sharp if sharp else {}), **options, "norm": norm}
+    if row.kind == "bounded":
+        options["epsilon"] = epsilon
+    return attacks.build(name, **options)
+
+
+def _bent(variables, images):
+    return jnp.tanh(images.reshape(images.shape[0], -1) @ variables["u"]) @ variables["w"]
+
+
+def _model(seed: int = 0, classes: int = 4):
+    rng = np.random.default_rng(seed)
+    size = int(np.prod(SHAPE))
+    variables = {"u": 2 * rng.normal(size=(size, 16)) / np.sqrt(size), "w": rng.normal(size=(16, classes))}
+    return classifier.wrap(_bent, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), variables))
+
+
+@jax.jit
+def _logits(model, images):
+    return model(images)
+
+
+def _predict(model, images):
+    return np.array(_logits(model, jnp.asarray(images)).argmax(axis=-1), np.int32)
+
+
+def _images(seed: int, count: int):
+    return np.random.default_rng(seed).uniform(size=(count, *SHAPE)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("name", "norm", "goal", "classes"), CLOSED)
+def test_affine_models_break_just_where_the_box_lets_them(name, norm, goal, classes):
+    """Bounded: at 1.01 times the exact distance and not at 0.99. Minimal: within 2 %, and never nearer than possible."""
+    count = 7
+    model, images = closed_forms.model(3, SHAPE, classes), _images(1, count)
+    labels = _predict(model, images)
+    targets = None if goal == "untargeted" else 1 - labels
+    exact = closed_forms.distances(norm, model, images, labels, targets)
+    assert np.isfinite(exact).all()
+    given = labels if targets is None else targets
+    keys = attacks.example_keys(0, np.arange(count))
+    if ROWS[name].kind == "minimal":
+        result = _build(name, norm, sharp=True, goal=goal)(model, keys, images, given)
+        assert np.asarray(result.success).all()
+        ratio = np.asarray(result.distance) / exact
+        assert ratio.min() > 1 - 1e-4, ratio
+        assert ratio.max() < 1.02, ratio
+        return
+    attack = _build(name, norm, epsilon=0.1, sharp=True, goal=goal)
+    broken = {}
+    for factor in (0.99, 1.01):
+        broken[factor] = np.zeros(count, bool)
+        for row, size in enumerate(exact):
+            # Every example at its own radius: epsilon is a number, so nothing compiles anew.
+            result = attack.replace(epsilon=np.float32(factor * size))(model, keys, images, given)
+            broken[factor][row] = result.success[row]
+    assert not broken[0.99].any()
+    assert broken[1.01].all(), exact[~broken[1.01]]
+
+
+@pytest.mark.parametrize(("name", "norm"), EACH)
+def test_the_result_is_what_it_says(name, norm):
+    model, images = _model(), _images(5, 12)
+    labels = _predict(model, images)
+    labels[:2] = (labels[:2] + 1) % 4
+    keys = attacks.example_keys(1, np.arange(12))
+    bounded = ROWS[name].kind == "bounded"
+    sizes = (0.0, 0.1 if norm == "linf" else 0.5) if bounded else (None,)
+    for size in sizes:
+        attack = _build(name, norm, epsilon=size)
+        result = attack(model, keys, images, labels)
+        found = np.asarray(result.images)
+        assert found.min() >= 0.0
+        assert found.max() <= 1.0
+        exact = np.asarray(attack.norm.measure(jnp.asarray(found - images)))
+        np.testing.assert_allclose(result.distance, exact, rtol=1e-6)
+        np.testing.assert_array_equal(result.prediction, _predict(model, found))
+        np.testing.assert_array_equal(result.success, np.asarray(result.prediction) != labels)
+        assert np.asarray(result.success)[:2].all()
+        np.testing.assert_array_equal(found[:2], images[:2])
+        if bounded:
+            assert exact.max() <= size * (1 + 1e-5) + 1e-7
+        if size == 0:
+            np.testing.assert_array_equal(found, images)
+            np.testing.assert_array_equal(np.asarray(result.success), np.arange(12) < 2)
+        if size != 0:
+            assert np.asarray(result.success).mean() > 0.4
+
+
+@pytest.mark.parametrize(("name", "norm"), EACH)
+def test_draws_and_bytes_belong_to_the_row_alone(name, norm):
+    """The same bytes in any order, beside other examples, with and without refilling, at the end of a padded batch."""
+    model, images = _model(2), _images(7, 7)
+    labels = _predict(model, images)
+    examples = {"image": images, "label": labels, "row": np.arange(40, 47, dtype=np.int32)}
+    attack = _build(name, norm, epsilon=0.05 if norm == "linf" else 0.3)
+    options = {"slots": 4, "stride": 3, "keep_images": True}
+    whole = attacks.run(attack, model, examples, **options)
+    order = np.random.default_rng(2).permutation(7)
+    shuffled = attacks.run(attack, model, {k: v[order] for k, v in examples.items()}, refill=False, **options)
+    for field, array in whole.records().items():
+        np.testing.assert_array_equal(getattr(shuffled, field), array[order], err_msg=field)
+    np.testing.assert_array_equal(shuffled.images, whole.images[order])
+
+
+@pytest.mark.parametrize(("name", "norm"), [case for case in EACH if ROWS[case.values[0]].restarts])
+def test_more_restarts_are_no_weaker(name, norm):
+    model, images = _model(4), _images(9, 24)
+    labels = _predict(model, images)
+    keys = attacks.example_keys(0, np.arange(24))
+    found = []
+    for restarts in (1, 3):
+        attack = _build(name, norm, epsilon=0.03 if norm == "linf" else 0.12, restarts=restarts)
+        result = attack(model, keys, images, labels)
+        found.append(np.where(result.success, result.distance, np.inf))
+    if ROWS[name].kind == "bounded":
+        found = [~np.isfinite(size) for size in found]
+    assert (found[1] <= found[0]).all()
