@@ -16,6 +16,10 @@ ATTACKS = {
     "bim": "robust_vit.attacks.gradient:bim",
     "mi_fgsm": "robust_vit.attacks.gradient:mi_fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "apgd": "robust_vit.attacks.apgd:apgd",
+    "apgd_ce": "robust_vit.attacks.apgd:apgd_ce",
+    "apgd_dlr": "robust_vit.attacks.apgd:apgd_dlr",
+    "apgd_t": "robust_vit.attacks.apgd:apgd_t",
 }
 
 Attack = skeleton.Attack

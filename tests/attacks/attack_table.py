@@ -36,8 +36,8 @@ class Row:
 
 ROWS = {
     "fgsm": Row("bounded", ("linf", "l2", "l1"), exact=("linf",)),
-    "bim": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
-    "mi_fgsm": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
+    "bim": Row("bounded", ("linf",), exact=("linf",), options={"steps": 5}),
+    "mi_fgsm": Row("bounded", ("linf",), exact=("linf",), options={"steps": 5}),
     "pgd": Row(
         "bounded",
         ("linf", "l2", "l1"),
@@ -45,5 +45,27 @@ ROWS = {
         options={"steps": 5},
         sharp={"steps": 40, "relative_step": 0.5, "schedule": "cosine"},
         restarts=True,
+    ),
+    "apgd": Row("bounded", ("linf",), exact=(), options={"steps": 6}),
+    # In L1 its steps are equal whatever the gradient, which the projection takes back where two or three values are all that
+    # matters; see test_attack_apgd.
+    "apgd_ce": Row(
+        "bounded",
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2"),
+        options={"steps": 10},
+        sharp={"steps": 50},
+        restarts=True,
+    ),
+    "apgd_dlr": Row("bounded", ("linf",), exact=(), goals=("untargeted",), options={"steps": 10}),
+    "apgd_t": Row(
+        "bounded",
+        ("linf",),
+        exact=("linf",),
+        goals=("untargeted",),
+        options={"steps": 6, "targets": 3},
+        sharp={"steps": 50},
+        restarts=True,
+        classes=(4,),
     ),
 }
