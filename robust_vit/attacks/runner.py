@@ -295,17 +295,12 @@ def _check(images: np.ndarray, labels: np.ndarray, model: skeleton.Model) -> Non
         raise errors.UserError(
             f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; put the normalisation inside the model."
         )
-    classes = _logits.eval_shape(model, jax.ShapeDtypeStruct(images.shape, images.dtype)).shape[-1]
+    classes = evaluation.count_classes(model, images.shape)
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
         raise errors.UserError(
             f"labels are {labels.dtype} {labels.shape} from {labels.min()} to {labels.max()}: expected one class index an "
             f"image, 0 to {classes - 1}, which is what the model has logits for."
         )
-
-
-@jax.jit
-def _logits(model, images):
-    return model(images)
 
 
 def _padded(items: list, length: int) -> list:
