@@ -13,6 +13,8 @@ from robust_vit.attacks import expectations, norms, runner, skeleton, threats
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
+    "bim": "robust_vit.attacks.gradient:bim",
+    "mi_fgsm": "robust_vit.attacks.gradient:mi_fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
 }
 

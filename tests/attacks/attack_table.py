@@ -36,6 +36,8 @@ class Row:
 
 ROWS = {
     "fgsm": Row("bounded", ("linf", "l2", "l1"), exact=("linf",)),
+    "bim": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
+    "mi_fgsm": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
     "pgd": Row(
         "bounded",
         ("linf", "l2", "l1"),
