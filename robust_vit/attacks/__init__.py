@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.attacks import norms, runner, skeleton, threats
+from robust_vit.attacks import expectations, norms, runner, skeleton, threats
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
@@ -29,6 +29,7 @@ RunResult = runner.RunResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
 example_keys = runner.example_keys
+expectation = expectations.expectation
 programs = skeleton.programs
 run = runner.run
 threat = threats.threat

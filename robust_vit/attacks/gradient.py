@@ -100,8 +100,9 @@ class ProjectedAscent(skeleton.Attack, kw_only=True):
         epsilon = jnp.asarray(self.epsilon, gradients.dtype)
         size = epsilon * jnp.asarray(self.relative_step, gradients.dtype)
         progress = (phase - 1).astype(gradients.dtype) / self.steps
-        size = self.goal.direction * size * self.schedule(progress)
-        images = state.images + size[:, None, None, None] * self.norm.ascend(gradients)
+        size = size * self.schedule(progress)
+        direction = self.norm.climb(self.goal.direction * gradients, state.images)
+        images = state.images + size[:, None, None, None] * direction
         return self.norm.project(images, state.clean, epsilon)
 
     def _start(self, state: skeleton.State, restart: jax.Array) -> jax.Array:
@@ -159,7 +160,7 @@ def pgd(
 
     Args:
       epsilon: radius, in pixel units [0, 1]. `Attack.sweep` makes the same attack at many radii.
-      norm: `linf` or `l2`; the maximum norm where neither it nor `threat` is given.
+      norm: `linf`, `l2` or `l1`; the maximum norm where neither it nor `threat` is given.
       threat: a threat model or its name (`cifar10/linf-8`), in place of `epsilon` and `norm`.
       steps: gradient steps from each start.
       step_size: length of a step in pixel units.

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
@@ -92,13 +91,7 @@ class AttackCurve(study.Study):
         """Needs a threat model and a model that can be differentiated."""
         if self.threat is None and subject.threat is None and self.epsilons is None:
             return "no threat model is set: give one such as threat='cifar10/linf-8', or epsilons"
-        try:
-            jax.eval_shape(jax.grad(lambda x, model: model(x).sum()), forward.images(subject, 1), subject.classifier)
-        except errors.UserError:
-            raise
-        except Exception as error:
-            return f"the model cannot be differentiated by JAX ({str(error).splitlines()[0][:120]})"
-        return None
+        return forward.not_differentiable(subject)
 
     def conditions(self, subject: study.Subject) -> tuple[Any, float, np.ndarray]:
         """The norm, the epsilon that the study turns on, and the curve's epsilons without zero."""

@@ -12,7 +12,7 @@ from matplotlib import lines, ticker
 from robust_vit import plots
 from robust_vit.studies import study
 
-NORMS = {"linf": "L∞", "l2": "L2"}
+NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 _DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 _RUNS_SHOWN = 4
 

@@ -64,6 +64,17 @@ def program(subject: study.Subject, batch: int, *, times: int) -> programs.Progr
     return programs.Program("forward", _logits, (subject.classifier, images(subject, batch)), times=times)
 
 
+def not_differentiable(subject: study.Subject) -> str | None:
+    """Why the model's gradient in the pixels cannot be had, in a sentence; None where it can. Computes nothing."""
+    try:
+        jax.eval_shape(jax.grad(lambda x, model: model(x).sum()), images(subject, 1), subject.classifier)
+    except errors.UserError:
+        raise
+    except Exception as error:
+        return f"the model cannot be differentiated by JAX ({str(error).splitlines()[0][:120]})"
+    return None
+
+
 def class_names(subject: study.Subject) -> np.ndarray:
     """One name a class, as an array of text; the index where the data set names none."""
     names = subject.class_names or tuple(str(index) for index in range(subject.num_classes))

@@ -35,13 +35,13 @@ class Row:
 
 
 ROWS = {
-    "fgsm": Row("bounded", ("linf", "l2"), exact=("linf",)),
+    "fgsm": Row("bounded", ("linf", "l2", "l1"), exact=("linf",)),
     "pgd": Row(
         "bounded",
-        ("linf", "l2"),
-        exact=("linf", "l2"),
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
         options={"steps": 5},
-        sharp={"steps": 30, "relative_step": 0.25},
+        sharp={"steps": 40, "relative_step": 0.5, "schedule": "cosine"},
         restarts=True,
     ),
     "deep_fool": Row(
