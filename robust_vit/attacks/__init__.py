@@ -16,6 +16,12 @@ ATTACKS = {
     "bim": "robust_vit.attacks.gradient:bim",
     "mi_fgsm": "robust_vit.attacks.gradient:mi_fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "deep_fool": "robust_vit.attacks.deep_fool:deep_fool",
+    "ddn": "robust_vit.attacks.fast_minimum_norm:ddn",
+    "fmn": "robust_vit.attacks.fast_minimum_norm:fmn",
+    "carlini_wagner": "robust_vit.attacks.carlini_wagner:carlini_wagner",
+    "fab": "robust_vit.attacks.fab:fab",
+    "fab_t": "robust_vit.attacks.fab:fab_t",
 }
 
 Attack = skeleton.Attack

@@ -30,6 +30,8 @@ def test_every_attack_has_a_row():
 def _build(name: str, norm: str, *, epsilon=None, sharp: bool = False, **options):
     row = ROWS[name]
     options = {**row.options, **(row.sharp if sharp else {}), **options, "norm": norm}
+    if row.goals == ("untargeted",):
+        options.pop("goal", None)
     if row.kind == "bounded":
         options["epsilon"] = epsilon
     return attacks.build(name, **options)
