@@ -14,6 +14,7 @@ from robust_vit.attacks import norms, runner, skeleton, threats
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "square": "robust_vit.attacks.square:square",
 }
 
 Attack = skeleton.Attack

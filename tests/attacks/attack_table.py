@@ -44,4 +44,7 @@ ROWS = {
         sharp={"steps": 30, "relative_step": 0.25},
         restarts=True,
     ),
+    "square": Row(
+        "bounded", ("linf", "l2"), exact=("linf",), options={"queries": 60}, sharp={"queries": 400}, restarts=True
+    ),
 }
