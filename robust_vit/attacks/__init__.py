@@ -22,6 +22,7 @@ ATTACKS = {
     "carlini_wagner": "robust_vit.attacks.carlini_wagner:carlini_wagner",
     "fab": "robust_vit.attacks.fab:fab",
     "fab_t": "robust_vit.attacks.fab:fab_t",
+    "square": "robust_vit.attacks.square:square",
 }
 
 Attack = skeleton.Attack

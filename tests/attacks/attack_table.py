@@ -82,4 +82,7 @@ ROWS = {
         restarts=True,
         classes=(2, 4),
     ),
+    "square": Row(
+        "bounded", ("linf", "l2"), exact=("linf",), options={"queries": 60}, sharp={"queries": 400}, restarts=True
+    ),
 }
