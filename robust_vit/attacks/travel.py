@@ -13,8 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from robust_vit import classifier, errors, losses
 from robust_vit import mesh as meshes
+from robust_vit import programs as compiled
 from robust_vit.attacks import evaluation, norms
 
+HALVINGS = 24  # Of a bracket of 1e-3: it ends below 1e-10.
 _JUMP = 0x6A756D70  # "jump": keeps the draws of a random direction apart from those of the model.
 
 
@@ -68,8 +70,9 @@ def move(images: jax.Array, directions: jax.Array, sizes: Float[Array, " batch"]
     return jnp.clip(moved, 0.0, 1.0) if clip else moved
 
 
-@functools.partial(jax.jit, static_argnames="clip")
-def holds(
+@functools.partial(jax.jit, static_argnums=0)
+def _holds(
+    clip: bool,
     model: evaluation.Model,
     keys: Key[Array, " batch"],
     images: jax.Array,
@@ -77,8 +80,6 @@ def holds(
     labels: jax.Array,
     rows: Int[Array, " rows"],
     sizes: Float[Array, " rows"],
-    *,
-    clip: bool,
 ) -> Bool[Array, " rows"]:
     """Whether the model in float32 gives image `rows[i]`, moved by `sizes[i]`, its label. One forward pass a row."""
     moved = move(images[rows], directions[rows], sizes, clip=clip)
@@ -97,7 +98,7 @@ def search(
     *,
     stride: float = 1e-3,
     limit: float = 1.0,
-    halvings: int = 24,
+    halvings: int = HALVINGS,
     clip: bool = True,
     mesh: Mesh | None = None,
 ) -> Travel:
@@ -137,7 +138,7 @@ def search(
         nonlocal calls
         calls += 1
         placed = meshes.put_global(mesh, (rows.astype(np.int32), sizes.astype(images.dtype)))
-        return meshes.fetch(holds(model, keys, images, directions, labels, *placed, clip=clip))
+        return meshes.fetch(_holds(clip, model, keys, images, directions, labels, *placed))
 
     every = np.arange(batch)
     wrong = ~ask(every, np.zeros(batch))
@@ -167,3 +168,31 @@ def search(
         forward_passes=1 + np.where(wrong, 0, np.where(found, crossing + halvings, points)),
         executed=calls * batch,
     )
+
+
+def most_passes(stride: float, limit: float, halvings: int = HALVINGS) -> int:
+    """Forward passes that `search` takes at most of an image: those of one that meets the boundary at the very end."""
+    return 1 + round(limit / stride) + halvings
+
+
+def programs(
+    model: evaluation.Model, images: jax.ShapeDtypeStruct, *, stride: float, limit: float, clip: bool
+) -> list[compiled.Program]:
+    """The compiled programs of `gradient_directions` and `search`, the latter as often as it runs at most, for planning."""
+    keys, labels = jax.eval_shape(
+        lambda x: (jax.random.split(jax.random.key(0), len(x)), jnp.zeros(len(x), jnp.int32)), images
+    )
+    keys, labels, sizes = (
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=images.sharding)
+        for leaf in (keys, labels, jax.ShapeDtypeStruct(labels.shape, images.dtype))
+    )
+    return [
+        compiled.Program("direction", gradient_directions, (model, keys, images, labels)),
+        compiled.Program(
+            "scan",
+            _holds,
+            (model, keys, images, images, labels, labels, sizes),
+            times=most_passes(stride, limit),
+            static=(clip,),
+        ),
+    ]

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
@@ -92,13 +91,7 @@ class AttackCurve(study.Study):
         """Needs a threat model and a model that can be differentiated."""
         if self.threat is None and subject.threat is None and self.epsilons is None:
             return "no threat model is set: give one such as threat='cifar10/linf-8', or epsilons"
-        try:
-            jax.eval_shape(jax.grad(lambda x, model: model(x).sum()), forward.images(subject, 1), subject.classifier)
-        except errors.UserError:
-            raise
-        except Exception as error:
-            return f"the model cannot be differentiated by JAX ({str(error).splitlines()[0][:120]})"
-        return None
+        return forward.not_differentiable(subject)
 
     def conditions(self, subject: study.Subject) -> tuple[Any, float, np.ndarray]:
         """The norm, the epsilon that the study turns on, and the curve's epsilons without zero."""
@@ -164,10 +157,7 @@ class AttackCurve(study.Study):
             "confidence": classification.confidence(logits).astype(np.float32),
             "correct": logits.argmax(axis=1) == labels,
         }
-        # Padding repeats the first row rather than whatever the stream pads with, so that the attack sees real pixels.
-        chosen = np.where(mask, np.arange(len(mask)), np.flatnonzero(mask)[0])
-        images, given = subject.put((batch["image"][chosen], np.asarray(batch["label"])[chosen].astype(np.int32)))
-        keys = attacks.example_keys(subject.seed, subject.put(np.asarray(batch["row"])[chosen].astype(np.uint32)))
+        images, given, keys = forward.examples(subject, batch)
         shown = min(self.exhibits, int(mask.sum())) if index == 0 else 0
         if index == 0:
             again = forward.logits(subject, batch)[0]

@@ -108,8 +108,8 @@ def examples(findings: Mapping[str, study.Finding], attack: str) -> matplotlib_f
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
         for column in range(columns):
             plots.images(axes[0, column], first["exhibit/image"][column])
-            axes[0, column].set_title(_short(names[first["label"][column]]), **_caption())
-        _side(axes[0, 0], "clean", plots.INK)
+            axes[0, column].set_title(short(names[first["label"][column]]), **caption())
+        side(axes[0, 0], "clean", plots.INK)
         for index, (run, finding) in enumerate(shown.items()):
             records, summary = finding.records, finding.summary
             top, bottom = axes[1 + 2 * index], axes[2 + 2 * index]
@@ -123,11 +123,11 @@ def examples(findings: Mapping[str, study.Finding], attack: str) -> matplotlib_f
                 right = predicted == int(records["label"][column])
                 same = not right and np.array_equal(adversarial, records["exhibit/image"][column])
                 top[column].set_title(
-                    ("✓ " if right else "✗ ") + _short(names[predicted]) + (" (as it is)" if same else ""),
-                    **_caption(plots.INK if right else plots.color(index), bold=not right),
+                    ("✓ " if right else "✗ ") + short(names[predicted]) + (" (as it is)" if same else ""),
+                    **caption(plots.INK if right else plots.color(index), bold=not right),
                 )
-            _side(top[0], run, plots.color(index))
-            _side(bottom[0], "change", plots.INK)
+            side(top[0], run, plots.color(index))
+            side(bottom[0], "change", plots.INK)
         summary = next(iter(shown.values())).summary
         norm = NORMS.get(summary["norm"], summary["norm"])
         figure.suptitle(
@@ -147,13 +147,16 @@ def _unit(summary: Mapping[str, Any], image: np.ndarray) -> float:
     return 3.0 * summary["epsilon"] / np.sqrt(image.size)
 
 
-def _caption(color: str = plots.INK, *, bold: bool = False) -> dict[str, Any]:
+def caption(color: str = plots.INK, *, bold: bool = False) -> dict[str, Any]:
+    """How the line above a small image is set."""
     return {"fontsize": 8, "color": color, "loc": "center", "pad": 3, "fontweight": "bold" if bold else "normal"}
 
 
-def _side(axis: Any, text: str, color: str) -> None:
+def side(axis: Any, text: str, color: str) -> None:
+    """Names a row of small images at its left."""
     axis.set_ylabel(text, color=color, rotation=0, ha="right", va="center", fontsize=9)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A class name that fits above a small image."""
     return name if len(name) <= 14 else name[:13] + "…"

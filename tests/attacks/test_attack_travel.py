@@ -110,7 +110,9 @@ def test_what_never_crosses_is_censored_and_what_is_wrong_has_no_way_to_go():
     labels[4] = 1 - labels[4]
     keys = attacks.example_keys(0, np.arange(6))
     still = jnp.zeros_like(images)
-    found = travel.search(model, keys, jnp.asarray(images), still, jnp.asarray(labels, jnp.int32), stride=0.1, limit=0.8)
+    found = travel.search(
+        model, keys, jnp.asarray(images), still, jnp.asarray(labels, jnp.int32), stride=0.1, limit=0.8
+    )
     np.testing.assert_array_equal(found.crossed, np.arange(6) == 4)
     np.testing.assert_allclose(found.epsilon, np.where(np.arange(6) == 4, 0.0, 0.8))
     np.testing.assert_array_equal(found.forward_passes, np.where(np.arange(6) == 4, 1, 9))
