@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from matplotlib import lines, ticker
 from robust_vit import plots
 from robust_vit.studies import study
 
-NORMS = {"linf": "L∞", "l2": "L2"}
-_DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
+NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+_DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (8, 2)), (0, (3, 1, 1.2, 1, 1.2, 1)))
 _RUNS_SHOWN = 4
 
 
@@ -27,8 +27,13 @@ def size_text(size: float) -> str:
     return f"{size:.3g}"
 
 
-def curves(findings: Mapping[str, study.Finding], attacks: Sequence[str]) -> matplotlib_figure.Figure:
-    """Robust accuracy against epsilon: colour tells the run, dashes tell the attack; strongest attack solid."""
+def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) -> matplotlib_figure.Figure:
+    """Robust accuracy against epsilon: colour tells the run, dashes tell the attack; the last attack is solid.
+
+    Args:
+      findings: of `attack_curve`, by run.
+      attacks: key in the summary's curves -> label, weakest first.
+    """
     with plots.style():
         figure, axes = plots.figure(width=6.8, height=4.0)
         axis = axes[0, 0]
@@ -36,10 +41,10 @@ def curves(findings: Mapping[str, study.Finding], attacks: Sequence[str]) -> mat
         for index, finding in enumerate(findings.values()):
             summary = finding.summary
             sizes = np.concatenate([[0.0], summary["epsilons"]])
-            for name in attacks:
+            for name in filter(summary["curves"].get, attacks):
                 points = [summary["clean"], *summary["curves"][name]]
                 values, low, high = (np.asarray([p[key] for p in points]) for key in ("value", "low", "high"))
-                strongest = name == attacks[-1]
+                strongest = name == next(reversed(attacks))
                 if strongest:
                     axis.fill_between(sizes, low, high, color=plots.color(index), alpha=0.15, linewidth=0)
                 axis.plot(
@@ -88,8 +93,8 @@ def curves(findings: Mapping[str, study.Finding], attacks: Sequence[str]) -> mat
             for i, run in enumerate(findings)
         ]
         handles += [
-            lines.Line2D([], [], color=plots.INK, linestyle=dashes[name], label=name.upper())
-            for name in reversed(attacks)
+            lines.Line2D([], [], color=plots.INK, linestyle=dashes[name], label=label)
+            for name, label in reversed(attacks.items())
         ]
         axis.legend(handles=handles, loc="upper right")
     return figure
@@ -131,7 +136,7 @@ def examples(findings: Mapping[str, study.Finding], attack: str) -> matplotlib_f
         summary = next(iter(shown.values())).summary
         norm = NORMS.get(summary["norm"], summary["norm"])
         figure.suptitle(
-            f"{attack.upper()}, {norm}, ε = {size_text(summary['epsilon'])}",
+            f"{attack}, {norm}, ε = {size_text(summary['epsilon'])}",
             fontsize=10,
             fontweight="bold",
             x=0.01,
