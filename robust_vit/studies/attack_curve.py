@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
