@@ -128,6 +128,8 @@ class FastAdaptiveBoundary(minimal.MinimalAttack, kw_only=True):
 
     def _start(self, state: State, run: jax.Array) -> jax.Array:
         """The clean image in the first run of a target; else at half the radius from it, in a random direction."""
+        if self.restarts == 1:
+            return state.clean
         shape, dtype = state.clean.shape[1:], state.clean.dtype
         keys = jax.vmap(jax.random.fold_in)(state.keys, run)
         if self.norm is norms.LINF:

@@ -55,7 +55,13 @@ ROWS = {
         sharp={"overshoot": 0.005},
     ),
     "ddn": Row("minimal", ("l2",), exact=("l2",), options={"steps": 30}, sharp={"steps": 300}),
-    "fmn": Row("minimal", ("linf", "l2"), exact=("linf", "l2"), options={"steps": 30}, sharp={"steps": 300}),
+    "fmn": Row(
+        "minimal",
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
+        options={"steps": 30},
+        sharp={"steps": 300},
+    ),
     "carlini_wagner": Row(
         "minimal",
         ("l2",),
@@ -65,8 +71,8 @@ ROWS = {
     ),
     "fab": Row(
         "minimal",
-        ("linf", "l2"),
-        exact=("linf", "l2"),
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
         options={"steps": 10, "candidates": 4},
         sharp={"steps": 30},
         restarts=True,
@@ -74,8 +80,8 @@ ROWS = {
     ),
     "fab_t": Row(
         "minimal",
-        ("linf", "l2"),
-        exact=("linf", "l2"),
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
         goals=("untargeted",),
         options={"steps": 10},
         sharp={"steps": 30},
