@@ -15,6 +15,8 @@ ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
     "square": "robust_vit.attacks.square:square",
+    "nes": "robust_vit.attacks.estimation:nes",
+    "spsa": "robust_vit.attacks.estimation:spsa",
 }
 
 Attack = skeleton.Attack

@@ -47,4 +47,6 @@ ROWS = {
     "square": Row(
         "bounded", ("linf", "l2"), exact=("linf",), options={"queries": 60}, sharp={"queries": 400}, restarts=True
     ),
+    "nes": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
+    "spsa": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
 }
