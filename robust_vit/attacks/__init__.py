@@ -15,6 +15,7 @@ ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
     "square": "robust_vit.attacks.square:square",
+    "hop_skip_jump": "robust_vit.attacks.hop_skip_jump:hop_skip_jump",
     "nes": "robust_vit.attacks.estimation:nes",
     "spsa": "robust_vit.attacks.estimation:spsa",
 }
