@@ -110,3 +110,10 @@ def ascent(
 def passes(model: Model) -> int:
     """How many passes one evaluation of the model is."""
     return int(getattr(model, "samples", 1)) if getattr(model, "stochastic", False) else 1
+
+
+def count_classes(model: Model, shape: tuple[int, ...]) -> int:
+    """How many logits the model gives for images of this shape `[batch, height, width, channels]`; computes nothing."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shape[0]))
+    found = jax.eval_shape(logits, model, jax.ShapeDtypeStruct(shape, jnp.float32), keys)
+    return found.shape[-1]
