@@ -23,6 +23,9 @@ ATTACKS = {
     "fab": "robust_vit.attacks.fab:fab",
     "fab_t": "robust_vit.attacks.fab:fab_t",
     "square": "robust_vit.attacks.square:square",
+    "hop_skip_jump": "robust_vit.attacks.hop_skip_jump:hop_skip_jump",
+    "nes": "robust_vit.attacks.estimation:nes",
+    "spsa": "robust_vit.attacks.estimation:spsa",
 }
 
 Attack = skeleton.Attack

@@ -91,4 +91,9 @@ ROWS = {
     "square": Row(
         "bounded", ("linf", "l2"), exact=("linf",), options={"queries": 60}, sharp={"queries": 400}, restarts=True
     ),
+    "hop_skip_jump": Row(
+        "minimal", ("linf", "l2"), exact=(), options={"rounds": 3, "probes": 20, "narrowings": 3, "together": 5}
+    ),
+    "nes": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
+    "spsa": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
 }
