@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.attacks import expectations, norms, runner, skeleton, threats
+from robust_vit.attacks import cameras, channel, expectations, norms, runner, skeleton, threats
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
@@ -34,11 +34,14 @@ NORMS = norms.NORMS
 RunResult = runner.RunResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
+destruction_rate = channel.destruction_rate
 example_keys = runner.example_keys
 expectation = expectations.expectation
+print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run
 threat = threats.threat
+views = cameras.views
 
 
 def build(name: str, **options: Any) -> skeleton.Attack:
