@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from robust_vit import errors, files, processes, trees
@@ -94,7 +93,7 @@ class Checkpoints:
         partial = self._folder / f"{step}{_PARTIAL}"
         final = self._folder / str(step)
         with self._write_errors():
-            if processes.from_first(np.asarray(processes.is_first() and _is_there(final))):
+            if processes.first_finds(lambda: _is_there(final)):
                 return
             self._writer.save(partial, state, force=True)
         content = {"step": step, "metrics": dict(metrics or {}), "arrays": _describe(state)}
@@ -243,13 +242,13 @@ def _intact(folder: pathlib.Path, *, step: int | None = None, preferred: int | N
     wanted = present[::-1] if step is None else [step]
     if preferred in wanted:
         wanted = [preferred, *(other for other in wanted if other != preferred)]
-    found = processes.from_first(np.int32(_first_intact(folder, wanted) if processes.is_first() else 0))
+    found = processes.first_finds(lambda: _first_intact(folder, wanted))
     if found == _NONE_INTACT:
         raise errors.UserError(
             f"every checkpoint in {folder} is damaged (steps {sorted(wanted)}): restore the folder from a copy, or remove it to "
             "train from scratch."
         )
-    return None if found == _NONE_THERE else int(found)
+    return None if found == _NONE_THERE else found
 
 
 def _first_intact(folder: pathlib.Path, wanted: list[int]) -> int:

@@ -64,7 +64,7 @@ def run_study(
     chunks = directory / "chunks"
     study = _settle(study, subject, directory)
     asked = files.jsonable(identity.asked(study, subject))
-    if processes.from_first(np.asarray(processes.is_first() and _is_finished(directory, asked, label))):
+    if processes.first_finds(lambda: _is_finished(directory, asked, label)):
         return results.read(directory, study=study) if processes.is_first() else None
     reason = study.applicable(subject)
     attempts = 0
@@ -338,8 +338,8 @@ def _settle(study: studies.Study, subject: studies.Subject, directory: pathlib.P
     settled = study.settle(subject, _stored_settings(directory))
     if settled is study:
         return study
-    number = processes.from_first(np.int32(getattr(settled, settled.automatic)))
-    return dataclasses.replace(settled, **{settled.automatic: int(number)})
+    number = processes.first_finds(lambda: getattr(settled, settled.automatic))
+    return dataclasses.replace(settled, **{settled.automatic: number})
 
 
 def _stored_settings(directory: pathlib.Path) -> Mapping[str, Any] | None:

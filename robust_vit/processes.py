@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -124,6 +124,11 @@ def from_first(value: np.ndarray) -> np.ndarray:
     if not several():
         return value
     return np.asarray(multihost_utils.broadcast_one_to_all(value)).astype(value.dtype)
+
+
+def first_finds(find: Callable[[], int]) -> int:
+    """The whole number (or truth) that process 0 finds, on all processes: a question to the disk is asked once."""
+    return int(from_first(np.int32(find() if is_first() else 0)))
 
 
 def everywhere(value: np.ndarray) -> np.ndarray:

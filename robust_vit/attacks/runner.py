@@ -12,9 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from robust_vit import errors, files, loops
+from robust_vit import mesh as meshes
+from robust_vit import programs as compiled
 from robust_vit.attacks import evaluation, skeleton
 
 PURPOSE = 0x61747461  # "atta": keeps the draws of attacks apart from those of everything else under the same seed.
@@ -82,6 +85,7 @@ def run(
     refill: bool = True,
     keep_images: bool = False,
     directory: pathlib.Path | str | None = None,
+    mesh: Mesh | None = None,
 ) -> RunResult:
     """Attacks many examples with one compiled step over `slots` of them; a finished example gives its slot to the next.
 
@@ -101,6 +105,7 @@ def run(
       keep_images: return the adversarial images as well.
       directory: where to save finished examples, so that a killed run goes on from there. Another attack, model or setting
         than the one that wrote it is a `UserError`.
+      mesh: devices that share the slots, or None for JAX's default device; every process makes the same call.
 
     Raises:
       UserError: images outside [0, 1], a label that the model has no logit for, logits that are not finite.
@@ -109,7 +114,7 @@ def run(
         raise errors.UserError(f"slots is {slots} and stride {stride}: expected whole numbers from 1.")
     store = _Store(directory, attack, model, {"slots": slots, "seed": seed, "stride": stride, "images": keep_images})
     stream = (example for example in _examples(examples, model) if store.lacks(example))
-    pool = _Pool(attack, model, slots=slots, seed=seed, stride=stride, keep_images=keep_images)
+    pool = _Pool(attack, model, slots=slots, seed=seed, stride=stride, keep_images=keep_images, mesh=mesh)
     while True:
         if refill or pool.is_idle():
             pool.fill(stream)
@@ -123,11 +128,33 @@ def run(
     return store.result()
 
 
+def programs(
+    attack: skeleton.Attack, model: skeleton.Model, images: jax.ShapeDtypeStruct, *, examples: int, stride: int = 5
+) -> list[compiled.Program]:
+    """The compiled programs of `run` with how often each runs at most, for planning.
+
+    Args:
+      attack: the attack.
+      model: canonical pixels to logits; its arrays may be shapes.
+      images: the shape of the slots.
+      examples: how many there are.
+      stride: as in `run`.
+    """
+    rounds = -(-examples // images.shape[0])
+    begin, state = skeleton.begin_program(attack, images)
+    step = loops.plan(skeleton.advance, state, stride, attack, model, donate=True)
+    times = step.times * rounds * -(-attack.evaluations // stride)
+    judge = compiled.Program("judge", skeleton.finish, (attack, model, compiled.beside(state, model)), times=rounds)
+    return [dataclasses.replace(begin, times=2 * rounds), dataclasses.replace(step, times=times), judge]
+
+
 class _Pool:
     """The slots, on the device, with the examples that sit in them, and the finished ones that wait to be judged."""
 
-    def __init__(self, attack, model, *, slots: int, seed: int, stride: int, keep_images: bool):
-        self.attack, self.model = attack, model
+    def __init__(
+        self, attack, model, *, slots: int, seed: int, stride: int, keep_images: bool, mesh: Mesh | None = None
+    ):
+        self.attack, self.model, self.mesh = attack, model, mesh
         self.slots, self.seed, self.stride, self.keep_images = slots, seed, stride, keep_images
         self.occupants: list[Example | None] = [None] * slots
         self.finished: list[tuple[Example, dict[str, np.ndarray]]] = []
@@ -153,10 +180,10 @@ class _Pool:
     def advance(self) -> None:
         self.state = loops.repeat(skeleton.advance, self.state, self.stride, self.attack, self.model, donate=True)
         self.executed += self.slots * self.stride
-        done = np.asarray(self.state.done)
+        done = meshes.fetch(self.state.done)
         ended = [slot for slot in range(self.slots) if done[slot] and self.occupants[slot] is not None]
         if ended:
-            moving = {name: np.asarray(getattr(self.state, name)) for name in skeleton.JUDGED}
+            moving = {name: meshes.fetch(getattr(self.state, name)) for name in skeleton.JUDGED}
             for slot in ended:
                 self.finished.append((self.occupants[slot], {name: array[slot] for name, array in moving.items()}))
                 self.occupants[slot] = None
@@ -168,8 +195,8 @@ class _Pool:
         moving = {
             name: np.stack([values[name] for _, values in _padded(batch, self.slots)]) for name in skeleton.JUDGED
         }
-        result = skeleton.finish(self.attack, self.model, state.replace(**jax.tree.map(jnp.asarray, moving)))
-        found = {name: np.asarray(getattr(result, name))[: len(batch)] for name in _JUDGED}
+        result = skeleton.finish(self.attack, self.model, state.replace(**meshes.put_global(self.mesh, moving)))
+        found = {name: meshes.fetch(getattr(result, name))[: len(batch)] for name in _JUDGED}
         for name, column in (("position", 0), ("row", 1), ("label", 3)):
             found[name] = np.asarray([example[column] for example, _ in batch], np.int32)
         if not np.isfinite(found["loss"]).all():
@@ -179,7 +206,7 @@ class _Pool:
                 "weights, and the precision that the model computes in."
             )
         if self.keep_images:
-            found["images"] = np.asarray(result.images)[: len(batch)]
+            found["images"] = meshes.fetch(result.images)[: len(batch)]
         # Every example's share of the executed passes is written with it, so that a resumed run can add them up.
         judged = self.slots * self.attack.judge_passes
         passes = np.asarray(self.attack.step_passes) * self.executed + np.asarray([judged, 0])
@@ -192,8 +219,9 @@ class _Pool:
         filler = next(occupant for occupant in occupants if occupant is not None)
         occupants = [occupant or filler for occupant in _padded(occupants, self.slots)]
         _, rows, images, labels = zip(*occupants, strict=True)
-        keys = example_keys(self.seed, np.asarray(rows, np.uint32))
-        state = self.attack.init(keys, np.stack(images), np.asarray(labels, np.int32))
+        given = np.asarray(rows, np.uint32), np.stack(images), np.asarray(labels, np.int32)
+        rows, images, labels = meshes.put_global(self.mesh, given)
+        state = skeleton.start(self.attack, example_keys(self.seed, rows), images, labels)
         return jax.tree.map(jnp.copy, state)
 
 
@@ -288,17 +316,12 @@ def _check(images: np.ndarray, labels: np.ndarray, model: skeleton.Model) -> Non
         raise errors.UserError(
             f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; put the normalisation inside the model."
         )
-    classes = _logits.eval_shape(model, jax.ShapeDtypeStruct(images.shape, images.dtype)).shape[-1]
+    classes = evaluation.count_classes(model, images.shape)
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
         raise errors.UserError(
             f"labels are {labels.dtype} {labels.shape} from {labels.min()} to {labels.max()}: expected one class index an "
             f"image, 0 to {classes - 1}, which is what the model has logits for."
         )
-
-
-@jax.jit
-def _logits(model, images):
-    return model(images)
 
 
 def _padded(items: list, length: int) -> list:
