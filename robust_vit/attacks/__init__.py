@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.attacks import cameras, channel, expectations, norms, runner, skeleton, threats
+from robust_vit.attacks import cameras, channel, expectations, norms, runner, skeleton, suites, threats
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
@@ -36,9 +36,11 @@ Attack = skeleton.Attack
 AttackResult = skeleton.AttackResult
 NORMS = norms.NORMS
 RunResult = runner.RunResult
+SuiteResult = suites.SuiteResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
 destruction_rate = channel.destruction_rate
+auto_attack = suites.auto_attack
 example_keys = runner.example_keys
 expectation = expectations.expectation
 print_photo = channel.print_photo

@@ -40,7 +40,9 @@ PEERS = ("foolbox", "torchattacks")
 
 
 def _attack(epsilon: float, *, early: bool, start: bool = True) -> attacks.Attack:
-    return attacks.build("pgd", epsilon=epsilon, steps=STEPS, random_start=start, stop_on_success=early)
+    return attacks.build(
+        "pgd", epsilon=epsilon, steps=STEPS, relative_step=0.25, random_start=start, stop_on_success=early
+    )
 
 
 class Ours:
