@@ -58,7 +58,10 @@ def _linf_draw(keys: jax.Array, like: jax.Array, radius: jax.Array) -> jax.Array
 
 
 def _l2_measure(differences: Float[Array, "batch height width channels"]) -> Float[Array, " batch"]:
-    return _l2_parts(differences)[1]
+    # Squares of what is below 1e-23 underflow in float32.
+    largest = jnp.max(jnp.abs(differences), axis=_features(differences), keepdims=True)
+    scaled = differences / jnp.where(largest > 0, largest, 1.0)
+    return (largest * jnp.sqrt(_total(scaled * scaled))).reshape(differences.shape[0])
 
 
 def _l2_project(images: jax.Array, clean: jax.Array, radius: jax.Array) -> jax.Array:
@@ -81,9 +84,7 @@ def _l2_project(images: jax.Array, clean: jax.Array, radius: jax.Array) -> jax.A
 
 
 def _l2_ascend(gradients: jax.Array) -> jax.Array:
-    scaled, _ = _l2_parts(gradients)
-    length = jnp.sqrt(jnp.sum(scaled * scaled, axis=_features(scaled), keepdims=True))
-    return jnp.where(length > 0, scaled / jnp.where(length > 0, length, 1.0), 0.0)
+    return normalize(L2, gradients)
 
 
 def _l2_draw(keys: jax.Array, like: jax.Array, radius: jax.Array) -> jax.Array:
@@ -129,22 +130,15 @@ def _l1_ascend(gradients: jax.Array) -> jax.Array:
 
 
 def _l1_climb(gradients: jax.Array, images: jax.Array) -> jax.Array:
-    """Equal steps of the hundredth of the values that matter most (Tramer & Boneh 2019, arXiv 1904.13000, section 3.2)."""
-    kept = jnp.full(images.shape[:1], 0.01, gradients.dtype)
-    return sparse_climb(gradients, images, kept)
-
-
-def sparse_climb(
-    gradients: Float[Array, "batch height width channels"],
-    images: Float[Array, "batch height width channels"],
-    kept: Float[Array, " batch"],
-) -> Float[Array, "batch height width channels"]:
-    """Directions of L1 norm one: equal steps of the share `kept` of the values with the largest gradients, at least one.
-
-    Values that are at their bound, with a gradient that points out of [0, 1], are left out: a step would be lost there.
-    """
+    """Sparse steps of the hundredth of the values that matter most and can move (Tramer & Boneh 2019, arXiv 1904.13000)."""
     blocked = ((images <= 0) & (gradients < 0)) | ((images >= 1) & (gradients > 0))
-    gradients = jnp.where(blocked, 0.0, gradients)
+    return sparse(jnp.where(blocked, 0.0, gradients), jnp.full(images.shape[:1], 0.01, gradients.dtype))
+
+
+def sparse(
+    gradients: Float[Array, "batch height width channels"], kept: Float[Array, " batch"]
+) -> Float[Array, "batch height width channels"]:
+    """Directions of L1 norm one: equal steps of the share `kept` of the values with the largest gradients, at least one."""
     sizes = jnp.sort(jnp.abs(gradients).reshape(gradients.shape[0], -1), axis=-1)
     count = sizes.shape[1]
     index = jnp.clip(((1.0 - kept) * count).astype(jnp.int32), 0, count - 1)
@@ -201,14 +195,6 @@ def _root(solve: Callable, wanted: jax.Array, low: float, high: jax.Array) -> ja
     return jax.lax.while_loop(unfinished, narrow, (low, low, high, _broadcast(wanted, high)))[0]
 
 
-def _l2_parts(differences: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Differences over their largest entry, and their length: squares of gradients below 1e-23 underflow in float32."""
-    largest = jnp.max(jnp.abs(differences), axis=_features(differences), keepdims=True)
-    scaled = jnp.where(largest > 0, differences / jnp.where(largest > 0, largest, 1.0), 0.0)
-    squares = jnp.sum(scaled * scaled, axis=_features(differences))
-    return scaled, largest.reshape(squares.shape) * jnp.sqrt(squares)
-
-
 def _features(images: jax.Array) -> tuple[int, ...]:
     return tuple(range(1, images.ndim))
 
@@ -235,6 +221,14 @@ LINF = Norm("linf", _linf_measure, _linf_project, _linf_ascend, _ascend_anywhere
 L2 = Norm("l2", _l2_measure, _l2_project, _l2_ascend, _ascend_anywhere(_l2_ascend), _l2_draw)
 L1 = Norm("l1", _l1_measure, _l1_project, _l1_ascend, _l1_climb, _l1_draw)
 NORMS = {norm.name: norm for norm in (LINF, L2, L1)}
+
+
+def normalize(norm: Norm, differences: jax.Array) -> jax.Array:
+    """Differences scaled to norm one; zero stays zero, and none is too small."""
+    largest = jnp.max(jnp.abs(differences), axis=_features(differences), keepdims=True)
+    scaled = differences / jnp.where(largest > 0, largest, 1.0)
+    length = _broadcast(norm.measure(scaled), scaled)
+    return scaled / jnp.where(length > 0, length, 1.0)
 
 
 def find(norm: str | Norm) -> Norm:

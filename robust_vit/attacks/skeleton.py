@@ -36,7 +36,7 @@ class Goal:
 UNTARGETED = Goal("untargeted", 1.0, jnp.not_equal)
 TARGETED = Goal("targeted", -1.0, jnp.equal)
 GOALS = {goal.name: goal for goal in (UNTARGETED, TARGETED)}
-LOSSES = {"cross_entropy": losses.cross_entropy, "margin": losses.margin}
+LOSSES = {"cross_entropy": losses.cross_entropy, "margin": losses.margin, "dlr": losses.dlr}
 
 
 class State(flax.struct.PyTreeNode, kw_only=True):

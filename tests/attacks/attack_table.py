@@ -36,6 +36,8 @@ class Row:
 
 ROWS = {
     "fgsm": Row("bounded", ("linf", "l2", "l1"), exact=("linf",)),
+    "bim": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
+    "mi_fgsm": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
     "pgd": Row(
         "bounded",
         ("linf", "l2", "l1"),
@@ -86,4 +88,12 @@ ROWS = {
         restarts=True,
         classes=(2, 4),
     ),
+    "square": Row(
+        "bounded", ("linf", "l2"), exact=("linf",), options={"queries": 60}, sharp={"queries": 400}, restarts=True
+    ),
+    "hop_skip_jump": Row(
+        "minimal", ("linf", "l2"), exact=(), options={"rounds": 3, "probes": 20, "narrowings": 3, "together": 5}
+    ),
+    "nes": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
+    "spsa": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 
+import closed_forms
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
 
 from robust_vit import attacks, classifier, errors, losses
 
@@ -143,24 +143,9 @@ def _numpy_pgd(model, images, starts, labels, *, norm, epsilon, step, steps):
                 break
             direction = np.sign(gradient) if norm == "linf" else gradient / np.linalg.norm(gradient)
             x = x + step * direction
-            if norm == "linf":
-                x = np.clip(x, np.maximum(image - epsilon, 0.0), np.minimum(image + epsilon, 1.0))
-            else:
-                x = _nearest_in_ball_and_box(x, image, epsilon)
+            x = closed_forms.nearest(norm, x, image, epsilon)
         found.append(x)
     return np.stack(found)
-
-
-def _nearest_in_ball_and_box(x, image, epsilon):
-    """By the multiplier of the ball: the nearest point lies on the segment to the centre, cut off by the box."""
-
-    def at(share):
-        return np.clip(image + share * (x - image), 0.0, 1.0)
-
-    def excess(share):
-        return np.linalg.norm(at(share) - image) - epsilon
-
-    return at(1.0) if excess(1.0) <= 0 else at(scipy.optimize.brentq(excess, 0.0, 1.0, xtol=1e-15))
 
 
 @pytest.mark.parametrize("random_start", [False, True])

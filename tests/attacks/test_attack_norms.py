@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import closed_forms
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
 import scipy.stats
 
 from robust_vit import errors
@@ -84,21 +84,6 @@ def test_projection_is_the_nearest_point_of_the_ball(name):
     assert float(products.min()) < -1e-3
 
 
-def _nearest(name, image, clean, radius):
-    """The nearest point of ball and box by a root finder: all distances shrink by one rule, as far as the box lets them."""
-    difference = (image - clean).ravel()
-    room = np.where(difference > 0, 1.0 - clean.ravel(), clean.ravel())
-    size = np.abs(difference)
-    kept = {
-        "linf": lambda t: np.minimum(np.minimum(size, radius), room),
-        "l2": lambda t: np.minimum(size / (1 + t), room),
-        "l1": lambda t: np.clip(size - t, 0.0, room),
-    }[name]
-    excess = lambda t: ROWS[name][0](kept(t)) - radius  # noqa: E731
-    root = 0.0 if excess(0.0) <= 1e-12 else scipy.optimize.brentq(excess, 0.0, 1e6, xtol=1e-15, rtol=1e-15, maxiter=500)
-    return clean + (np.sign(difference) * kept(root)).reshape(clean.shape)
-
-
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("radius", [1e-3, 0.1, 1.0, 3.0])
 @pytest.mark.parametrize("spread", [0, 8, 40])
@@ -109,7 +94,7 @@ def test_projection_is_the_nearest_point_of_ball_and_box(name, radius, spread):
     clean = rng.uniform(size=shape)
     clean = np.where(rng.uniform(size=shape) < 0.4, np.round(clean), clean)
     images = clean + rng.normal(size=shape) * rng.uniform(size=shape) ** spread
-    expected = [_nearest(name, image, centre, radius) for image, centre in zip(images, clean, strict=True)]
+    expected = [closed_forms.nearest(name, image, centre, radius) for image, centre in zip(images, clean, strict=True)]
     with jax.enable_x64(True):
         found = norms.NORMS[name].project(jnp.asarray(images), jnp.asarray(clean), jnp.float64(radius))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
@@ -128,17 +113,20 @@ def test_climbing_has_norm_one_and_gains(name, images):
     np.testing.assert_array_equal(norms.NORMS[name].climb(jnp.zeros_like(images), images), 0.0)
 
 
-def test_sparse_climbing_takes_the_largest_that_the_box_lets_move():
+def test_sparse_steps_take_the_largest():
     gradients = jnp.asarray([[9.0, -8.0, 7.0, -6.0, 5.0, 4.0, -3.0, 2.0, 1.0, 0.0]]).reshape(1, 5, 2, 1)
+    found = {kept: norms.sparse(gradients, jnp.asarray([kept])).ravel().tolist() for kept in (0.01, 0.2, 0.5)}
+    assert found[0.01] == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert found[0.2] == [0.5, -0.5, 0, 0, 0, 0, 0, 0, 0, 0]
+    np.testing.assert_allclose(found[0.5], [0.2, -0.2, 0.2, -0.2, 0.2, 0, 0, 0, 0, 0], rtol=1e-6)
+
+
+def test_climbing_in_l1_passes_over_values_at_their_bound():
+    gradients = jnp.asarray([[9.0, -8.0, 7.0, -6.0]]).reshape(1, 2, 2, 1)
     images = jnp.full_like(gradients, 0.5).at[0, 0, 0, 0].set(1.0).at[0, 0, 1, 0].set(0.0)
-    found = {
-        kept: norms.sparse_climb(gradients, images, jnp.asarray([kept])).ravel().tolist() for kept in (0.01, 0.2, 0.5)
-    }
-    assert found[0.01] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
-    assert found[0.2] == [0, 0, 0.5, -0.5, 0, 0, 0, 0, 0, 0]
-    np.testing.assert_allclose(found[0.5], [0, 0, 0.2, -0.2, 0.2, 0.2, -0.2, 0, 0, 0], rtol=1e-6)
-    # Turned round, the two that were at their bound can move.
-    assert norms.sparse_climb(-gradients, images, jnp.asarray([0.2])).ravel().tolist()[:2] == [-0.5, 0.5]
+    assert norms.L1.climb(gradients, images).ravel().tolist() == [0, 0, 1, 0]
+    # Turned round, they can move.
+    assert norms.L1.climb(-gradients, images).ravel().tolist() == [-1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ROWS)
