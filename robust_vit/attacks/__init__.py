@@ -30,6 +30,7 @@ ATTACKS = {
     "hop_skip_jump": "robust_vit.attacks.hop_skip_jump:hop_skip_jump",
     "nes": "robust_vit.attacks.estimation:nes",
     "spsa": "robust_vit.attacks.estimation:spsa",
+    "roto_translation": "robust_vit.attacks.spatial:roto_translation",
 }
 
 Attack = skeleton.Attack

@@ -12,7 +12,7 @@ class Row:
     """An attack in the shared tests.
 
     Attributes:
-      kind: `bounded` (takes epsilon) or `minimal` (seeks the nearest success).
+      kind: `bounded` (takes epsilon), `minimal` (seeks the nearest success) or `spatial` (moves pixels: has no ball).
       norms: that it knows.
       exact: those in which, with `options`, it meets the closed form of affine models in the box: a bounded one breaks at
         1.01 times the exact distance and not at 0.99; a minimal one ends within 2 % of it.
@@ -118,4 +118,7 @@ ROWS = {
     ),
     "nes": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
     "spsa": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
+    "roto_translation": Row(
+        "spatial", ("linf",), exact=(), options={"shift": 0.3, "degrees": 90.0, "grid": (3, 3, 5), "together": 4}
+    ),
 }
