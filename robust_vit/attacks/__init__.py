@@ -14,6 +14,8 @@ from robust_vit.attacks import cameras, channel, expectations, norms, runner, sk
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "patch_fool": "robust_vit.attacks.patch_fool:patch_fool",
+    "stickers": "robust_vit.attacks.stickers:stickers",
 }
 
 Attack = skeleton.Attack

@@ -44,4 +44,18 @@ ROWS = {
         sharp={"steps": 30, "relative_step": 0.25},
         restarts=True,
     ),
+    "patch_fool": Row(
+        "bounded",
+        ("linf", "l2"),
+        exact=("linf",),
+        options={"patch": 3, "select": "saliency", "layers": (), "steps": 8, "learning_rate": 0.1},
+        sharp={"steps": 15},
+    ),
+    "stickers": Row(
+        "bounded",
+        ("linf", "l2"),
+        exact=("linf",),
+        options={"steps": 8, "learning_rate": 0.1, "stop_on_success": True},
+        sharp={"steps": 15},
+    ),
 }
