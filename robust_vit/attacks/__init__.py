@@ -13,7 +13,19 @@ from robust_vit.attacks import cameras, channel, expectations, norms, runner, sk
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
+    "bim": "robust_vit.attacks.gradient:bim",
+    "mi_fgsm": "robust_vit.attacks.gradient:mi_fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "deep_fool": "robust_vit.attacks.deep_fool:deep_fool",
+    "ddn": "robust_vit.attacks.fast_minimum_norm:ddn",
+    "fmn": "robust_vit.attacks.fast_minimum_norm:fmn",
+    "carlini_wagner": "robust_vit.attacks.carlini_wagner:carlini_wagner",
+    "fab": "robust_vit.attacks.fab:fab",
+    "fab_t": "robust_vit.attacks.fab:fab_t",
+    "square": "robust_vit.attacks.square:square",
+    "hop_skip_jump": "robust_vit.attacks.hop_skip_jump:hop_skip_jump",
+    "nes": "robust_vit.attacks.estimation:nes",
+    "spsa": "robust_vit.attacks.estimation:spsa",
     "patch_fool": "robust_vit.attacks.patch_fool:patch_fool",
     "stickers": "robust_vit.attacks.stickers:stickers",
 }
