@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.attacks import cameras, channel, expectations, norms, runner, skeleton, threats
+from robust_vit.attacks import cameras, channel, expectations, norms, patch, runner, skeleton, threats, universal
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
@@ -39,6 +39,8 @@ ThreatModel = threats.ThreatModel
 destruction_rate = channel.destruction_rate
 example_keys = runner.example_keys
 expectation = expectations.expectation
+fit_patch = patch.fit
+fit_universal = universal.fit
 print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run

@@ -52,10 +52,12 @@ class Batches:
                 f"images are {images.dtype} {tuple(images.shape)}: expected floating point [batch, height, width, channels] in "
                 "[0, 1]; divide uint8 by 255."
             )
-        if not (images.min() >= 0 and images.max() <= 1):
+        kept = jnp.asarray(first["mask"] if "mask" in first else np.ones(images.shape[0]), bool)
+        pixels = jnp.where(kept[:, None, None, None], images, 0.0)
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= 1):
             raise errors.UserError(
-                f"images span [{float(images.min()):.4g}, {float(images.max()):.4g}]: expected canonical pixels in [0, 1]; put "
-                "the normalisation inside the model."
+                f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; put the normalisation inside the model."
             )
         self._size = images.shape[0]
         self.image_shape = tuple(images.shape[1:])
@@ -63,9 +65,10 @@ class Batches:
         if len(counts) > 1:
             raise errors.UserError(f"the models give {sorted(counts)} logits: an ensemble needs the same classes.")
         self.classes = counts.pop()
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.max() >= self.classes:
+        largest = int(jnp.where(kept, labels, 0).max()) if labels.shape == images.shape[:1] else 0
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or largest >= self.classes:
             raise errors.UserError(
-                f"labels are {labels.dtype} {tuple(labels.shape)} up to {labels.max()}: expected one class index an image, 0 to "
+                f"labels are {labels.dtype} {tuple(labels.shape)} up to {largest}: expected one class index an image, 0 to "
                 f"{self.classes - 1}."
             )
 

@@ -97,7 +97,7 @@ def fit_greedy(
       model: canonical pixels to logits.
       batches: as in `fit`; labels are not used.
       key: of the attack's draws.
-      attack: a minimal attack, `robust_vit.attacks.build("deepfool", norm="l2")` in the original.
+      attack: a minimal attack, `robust_vit.attacks.build("deep_fool", norm="l2")` in the original.
       epsilon: radius, in pixel units [0, 1].
       norm: `linf` or `l2`.
       threat: a threat model or its name, in place of `epsilon` and `norm`.
@@ -109,7 +109,7 @@ def fit_greedy(
     if not getattr(attack, "minimal", False):
         raise errors.UserError(
             f"{type(attack).__name__} is no minimal attack: give one that looks for the least change, such as "
-            'robust_vit.attacks.build("deepfool", norm="l2").'
+            'robust_vit.attacks.build("deep_fool", norm="l2").'
         )
     stream = fitting.Batches(batches, (model,))
     batches = [batches] if isinstance(batches, Mapping) else batches
