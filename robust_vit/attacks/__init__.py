@@ -9,7 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.attacks import cameras, channel, expectations, norms, runner, skeleton, suites, threats
+from robust_vit.attacks import (
+    cameras,
+    channel,
+    expectations,
+    norms,
+    patch,
+    runner,
+    skeleton,
+    suites,
+    threats,
+    universal,
+)
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
@@ -31,6 +42,8 @@ ATTACKS = {
     "nes": "robust_vit.attacks.estimation:nes",
     "spsa": "robust_vit.attacks.estimation:spsa",
     "roto_translation": "robust_vit.attacks.spatial:roto_translation",
+    "patch_fool": "robust_vit.attacks.patch_fool:patch_fool",
+    "stickers": "robust_vit.attacks.stickers:stickers",
 }
 
 Attack = skeleton.Attack
@@ -44,6 +57,8 @@ destruction_rate = channel.destruction_rate
 auto_attack = suites.auto_attack
 example_keys = runner.example_keys
 expectation = expectations.expectation
+fit_patch = patch.fit
+fit_universal = universal.fit
 print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run

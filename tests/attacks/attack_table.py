@@ -121,4 +121,18 @@ ROWS = {
     "roto_translation": Row(
         "spatial", ("linf",), exact=(), options={"shift": 0.3, "degrees": 90.0, "grid": (3, 3, 5), "together": 4}
     ),
+    "patch_fool": Row(
+        "bounded",
+        ("linf", "l2"),
+        exact=("linf",),
+        options={"patch": 3, "select": "saliency", "layers": (), "steps": 8, "learning_rate": 0.1},
+        sharp={"steps": 15},
+    ),
+    "stickers": Row(
+        "bounded",
+        ("linf", "l2"),
+        exact=("linf",),
+        options={"steps": 8, "learning_rate": 0.1, "stop_on_success": True},
+        sharp={"steps": 15},
+    ),
 }
