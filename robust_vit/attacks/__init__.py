@@ -2,6 +2,7 @@
 
 `build(name, **options)` makes an attack, `attack(model, keys, images, labels)` runs it on a batch as a pure function, and
 `run(attack, model, examples, slots=...)` runs it over many examples, refilling the slot of an example that is finished.
+`check(model, images, labels, threat=...)` looks for signs that a model looks robust because it was attacked badly.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from robust_vit import registry
 from robust_vit.attacks import (
     cameras,
     channel,
+    checks,
     expectations,
+    guards,
+    inputs,
     norms,
     patch,
     runner,
@@ -48,13 +52,17 @@ ATTACKS = {
 
 Attack = skeleton.Attack
 AttackResult = skeleton.AttackResult
+Guard = guards.Guard
 NORMS = norms.NORMS
+Report = checks.Report
 RunResult = runner.RunResult
 SuiteResult = suites.SuiteResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
-destruction_rate = channel.destruction_rate
 auto_attack = suites.auto_attack
+check = checks.check
+check_inputs = inputs.check_inputs
+destruction_rate = channel.destruction_rate
 example_keys = runner.example_keys
 expectation = expectations.expectation
 fit_patch = patch.fit
