@@ -77,7 +77,7 @@ class AttackCurve(study.Study):
     def __post_init__(self):
         super().__post_init__()
         attack_entries.parse(self.attacks)
-        sizes = self.multiples if self.epsilons is None else [_fraction(size) for size in self.epsilons]
+        sizes = self.multiples if self.epsilons is None else [attack_entries.fraction(size) for size in self.epsilons]
         if not sizes or any(size <= 0 for size in sizes) or list(sizes) != sorted(set(sizes)):
             raise errors.UserError(
                 f"the curve's epsilons are {sizes}: give positive numbers in rising order; zero is always included."
@@ -98,7 +98,7 @@ class AttackCurve(study.Study):
         threat = attacks.threat(name) if name is not None else None
         norm = threat.norm if threat is not None else attacks.NORMS[self.norm]
         if self.epsilons is not None:
-            curve = np.asarray([_fraction(size) for size in self.epsilons])
+            curve = np.asarray([attack_entries.fraction(size) for size in self.epsilons])
         else:
             curve = np.asarray(self.multiples) * threat.epsilon
         if norm.name == "linf":
@@ -314,13 +314,3 @@ def _at(summary: Mapping[str, Any], attack: str) -> Mapping[str, Any] | None:
 
 def _budget(summary: Mapping[str, Any]) -> str:
     return f"{attack_figures.NORMS.get(summary['norm'], summary['norm'])}, ε = {attack_figures.size_text(summary['epsilon'])}"
-
-
-def _fraction(size: float | str) -> float:
-    if not isinstance(size, str):
-        return float(size)
-    above, _, below = size.partition("/")
-    try:
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        raise errors.UserError(f"epsilon {size!r} is no number: write 0.03 or '8/255'.") from None

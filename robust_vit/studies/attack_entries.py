@@ -85,6 +85,31 @@ def parse(texts: Sequence[str]) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def budget(study: Any, subject: Any) -> tuple[Any, float]:
+    """The norm and epsilon of a study that has the settings `threat`, `epsilon` and `norm`: its own or the subject's threat.
+
+    Raises:
+      errors.UserError: there is neither.
+    """
+    name = study.threat or subject.threat
+    threat = attacks.threat(name) if name else None
+    if threat is None and study.epsilon is None:
+        raise errors.UserError("no threat model is set: give one such as threat='cifar10/linf-8', or epsilon.")
+    norm = threat.norm if threat is not None else attacks.norms.find(study.norm)
+    return norm, threat.epsilon if study.epsilon is None else fraction(study.epsilon)
+
+
+def fraction(size: float | str) -> float:
+    """An epsilon in pixel units, of a number or of text such as "8/255"."""
+    if not isinstance(size, str):
+        return float(size)
+    above, _, below = size.partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise errors.UserError(f"epsilon {size!r} is no number: write 0.03 or '8/255'.") from None
+
+
 def run(
     entry: Entry,
     norm: Any,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colors, lines, patches, ticker
 from matplotlib import figure as matplotlib_figure
-from matplotlib import lines, ticker
 
 from robust_vit import plots
 from robust_vit.studies import study
@@ -142,6 +142,51 @@ def examples(findings: Mapping[str, study.Finding], attack: str) -> matplotlib_f
             x=0.01,
             ha="left",
         )
+    return figure
+
+
+def matrix(
+    findings: Mapping[str, study.Finding], targets: Sequence[str], attacks: Mapping[str, str]
+) -> matplotlib_figure.Figure:
+    """How often images made on the row's run fool the column's, one panel an attack; the stronger the darker.
+
+    Args:
+      findings: of `transfer`, by run.
+      targets: the columns.
+      attacks: key in the summary -> label.
+    """
+    rows, columns = len(findings), len(targets)
+    with plots.style():
+        width = len(attacks) * max(0.85 * columns, 2.6) + 1.6
+        figure, axes = plots.figure(1, len(attacks), width=width, height=0.62 * rows + 1.5, share_y=True)
+        for axis, (attack, title) in zip(axes[0], attacks.items(), strict=True):
+            for row, finding in enumerate(findings.values()):
+                for column, target in enumerate(targets):
+                    entry = finding.summary["attacked"].get(attack, {}).get(target, {}).get("rate")
+                    if entry is None:
+                        continue
+                    own = target == finding.summary["source"]
+                    cell = patches.Rectangle(
+                        (column - 0.47, row - 0.45),
+                        0.94,
+                        0.9,
+                        facecolor=(*colors.to_rgb(plots.color(0)), 0.08 + 0.8 * entry["value"]),
+                        edgecolor=plots.INK if own else "none",
+                        linewidth=1.2,
+                    )
+                    axis.add_patch(cell)
+                    axis.annotate(f"{entry['value']:.0%}", (column, row), ha="center", va="center", fontsize=10)
+            axis.set_xlim(-0.55, columns - 0.45)
+            axis.set_ylim(rows - 0.45, -0.55)
+            axis.set_xticks(range(columns), targets)
+            axis.set_yticks(range(rows), list(findings))
+            axis.grid(False)
+            axis.tick_params(length=0)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            axis.set_title(title)
+            axis.set_xlabel("shown to")
+        axes[0, 0].set_ylabel("made on")
     return figure
 
 
