@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 Model = Callable[[jax.Array], jax.Array]
 _PURPOSE = 0x6D6F6465  # "mode": keeps the draws of a model apart from those of the attack.
@@ -59,6 +59,26 @@ def logits(
     return collapse(respond(model, images, keys, draw))
 
 
+def widened(
+    model: Model,
+    images: Float[Array, "times batch height width channels"],
+    keys: Key[Array, " batch"],
+    steps: Int[Array, " batch"],
+) -> Float[Array, "times batch classes"]:
+    """Logits of several images of each example, as one batch; every one is a draw of its own. `times` forward passes.
+
+    Args:
+      model: as in `respond`.
+      images: canonical pixels.
+      keys: one an example.
+      steps: how many the attack has taken before.
+    """
+    times, batch = images.shape[:2]
+    draws = steps.astype(jnp.uint32)[None] * times + jnp.arange(times, dtype=jnp.uint32)[:, None]
+    found = logits(model, images.reshape(-1, *images.shape[2:]), jnp.tile(keys, times), draws.reshape(-1))
+    return found.reshape(times, batch, -1)
+
+
 def ascent(
     objective: Callable,
     model: Model,
@@ -90,3 +110,10 @@ def ascent(
 def passes(model: Model) -> int:
     """How many passes one evaluation of the model is."""
     return int(getattr(model, "samples", 1)) if getattr(model, "stochastic", False) else 1
+
+
+def count_classes(model: Model, shape: tuple[int, ...]) -> int:
+    """How many logits the model gives for images of this shape `[batch, height, width, channels]`; computes nothing."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shape[0]))
+    found = jax.eval_shape(logits, model, jax.ShapeDtypeStruct(shape, jnp.float32), keys)
+    return found.shape[-1]

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from robust_vit import errors, files, loops
 from robust_vit import mesh as meshes
+from robust_vit import programs as compiled
 from robust_vit.attacks import evaluation, skeleton
 
 PURPOSE = 0x61747461  # "atta": keeps the draws of attacks apart from those of everything else under the same seed.
@@ -127,6 +128,26 @@ def run(
     return store.result()
 
 
+def programs(
+    attack: skeleton.Attack, model: skeleton.Model, images: jax.ShapeDtypeStruct, *, examples: int, stride: int = 5
+) -> list[compiled.Program]:
+    """The compiled programs of `run` with how often each runs at most, for planning.
+
+    Args:
+      attack: the attack.
+      model: canonical pixels to logits; its arrays may be shapes.
+      images: the shape of the slots.
+      examples: how many there are.
+      stride: as in `run`.
+    """
+    rounds = -(-examples // images.shape[0])
+    begin, state = skeleton.begin_program(attack, images)
+    step = loops.plan(skeleton.advance, state, stride, attack, model, donate=True)
+    times = step.times * rounds * -(-attack.evaluations // stride)
+    judge = compiled.Program("judge", skeleton.finish, (attack, model, compiled.beside(state, model)), times=rounds)
+    return [dataclasses.replace(begin, times=2 * rounds), dataclasses.replace(step, times=times), judge]
+
+
 class _Pool:
     """The slots, on the device, with the examples that sit in them, and the finished ones that wait to be judged."""
 
@@ -200,7 +221,7 @@ class _Pool:
         _, rows, images, labels = zip(*occupants, strict=True)
         given = np.asarray(rows, np.uint32), np.stack(images), np.asarray(labels, np.int32)
         rows, images, labels = meshes.put_global(self.mesh, given)
-        state = self.attack.init(example_keys(self.seed, rows), images, labels)
+        state = skeleton.start(self.attack, example_keys(self.seed, rows), images, labels)
         return jax.tree.map(jnp.copy, state)
 
 
@@ -295,17 +316,12 @@ def _check(images: np.ndarray, labels: np.ndarray, model: skeleton.Model) -> Non
         raise errors.UserError(
             f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; put the normalisation inside the model."
         )
-    classes = _logits.eval_shape(model, jax.ShapeDtypeStruct(images.shape, images.dtype)).shape[-1]
+    classes = evaluation.count_classes(model, images.shape)
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
         raise errors.UserError(
             f"labels are {labels.dtype} {labels.shape} from {labels.min()} to {labels.max()}: expected one class index an "
             f"image, 0 to {classes - 1}, which is what the model has logits for."
         )
-
-
-@jax.jit
-def _logits(model, images):
-    return model(images)
 
 
 def _padded(items: list, length: int) -> list:
