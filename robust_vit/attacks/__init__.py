@@ -16,6 +16,7 @@ ATTACKS = {
     "bim": "robust_vit.attacks.gradient:bim",
     "mi_fgsm": "robust_vit.attacks.gradient:mi_fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "adam": "robust_vit.attacks.adam:adam",
     "deep_fool": "robust_vit.attacks.deep_fool:deep_fool",
     "ddn": "robust_vit.attacks.fast_minimum_norm:ddn",
     "fmn": "robust_vit.attacks.fast_minimum_norm:fmn",

@@ -22,6 +22,7 @@ STUDIES = {
     "boundary_travel": "robust_vit.studies.boundary_travel:BoundaryTravel",
     "calibration": "robust_vit.studies.calibration:Calibration",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
+    "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
     "transfer": "robust_vit.studies.transfer:Transfer",
 }
 

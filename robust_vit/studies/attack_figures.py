@@ -27,6 +27,11 @@ def size_text(size: float) -> str:
     return f"{size:.3g}"
 
 
+def budget(summary: Mapping[str, Any]) -> str:
+    """Norm and epsilon of a summary as people write them: "L∞, ε = 8/255"."""
+    return f"{NORMS.get(summary['norm'], summary['norm'])}, ε = {size_text(summary['epsilon'])}"
+
+
 def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) -> matplotlib_figure.Figure:
     """Robust accuracy against epsilon: colour tells the run, dashes tell the attack; the last attack is solid.
 
@@ -187,6 +192,42 @@ def matrix(
             axis.set_title(title)
             axis.set_xlabel("shown to")
         axes[0, 0].set_ylabel("made on")
+    return figure
+
+
+def progression(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) -> matplotlib_figure.Figure:
+    """Mean loss, and the share still right below it, against the steps; one column an attack.
+
+    Args:
+      findings: of `loss_progression`, by run.
+      attacks: key in the summary -> label.
+    """
+    with plots.style():
+        width = 3.4 * len(attacks) + 1.0
+        figure, axes = plots.figure(
+            2, len(attacks), width=width, height=4.8, share_x="col", share_y="row", ratios=(3, 2)
+        )
+        for column, (attack, title) in enumerate(attacks.items()):
+            for row, key in enumerate(("loss", "right")):
+                axis = axes[row, column]
+                for index, (run, finding) in enumerate(findings.items()):
+                    points = finding.summary["curves"].get(attack, {}).get(key, [])
+                    values, low, high = (
+                        np.asarray([point[end] for point in points]) for end in ("value", "low", "high")
+                    )
+                    steps = np.arange(len(values))
+                    axis.fill_between(steps, low, high, color=plots.color(index), alpha=0.15, linewidth=0)
+                    marker = {"marker": plots.marker(index), "markersize": 4}
+                    axis.plot(steps, values, color=plots.color(index), label=run, **marker)
+                axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+            axes[0, column].set_title(f"{title}, {budget(next(iter(findings.values())).summary)}")
+            axes[1, column].set_xlabel("steps of the attack")
+        axes[0, 0].set_ylim(bottom=0)
+        axes[1, 0].set_ylim(0, 1)
+        plots.percent(axes[1, 0])
+        axes[0, 0].set_ylabel("cross-entropy (nats)")
+        axes[1, 0].set_ylabel("still right")
+        plots.legend(axes[0, 0], loc="upper left")
     return figure
 
 

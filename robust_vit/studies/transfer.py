@@ -59,12 +59,7 @@ class Transfer(study.Study):
 
     def __post_init__(self):
         super().__post_init__()
-        for entry in attack_entries.parse(self.attacks):
-            if not entry.is_bounded:
-                raise errors.UserError(
-                    f"attack {entry.text!r} seeks the nearest success, which is at the source's own boundary: transfer takes "
-                    "bounded attacks, such as 'pgd'."
-                )
+        attack_entries.parse(self.attacks)
         if self.threat is not None:
             attacks.threat(self.threat)
 
@@ -79,8 +74,15 @@ class Transfer(study.Study):
 
     def _built(self, subject: study.Subject) -> dict[str, attacks.Attack]:
         norm, epsilon = attack_entries.budget(self, subject)
-        entries = attack_entries.parse(self.attacks)
-        return {entry.text: entry.build(norm, epsilon, steps=self.steps, stop_on_success=False) for entry in entries}
+        options = {"steps": self.steps, "stop_on_success": False}
+        built = {entry.text: entry.build(norm, epsilon, **options) for entry in attack_entries.parse(self.attacks)}
+        for name, attack in built.items():
+            if attack.minimal:
+                raise errors.UserError(
+                    f"attack {name!r} seeks the nearest success, which is at the source's own boundary: transfer takes bounded "
+                    "attacks, such as 'pgd'."
+                )
+        return built
 
     def _targets(self, subject: study.Subject) -> dict[str, Any]:
         return {subject.name: subject.classifier, **subject.rivals}
@@ -190,13 +192,12 @@ class Transfer(study.Study):
                     cells = (targets.get(name, {}).get(key) for name in names)
                     rows.append((run, text, words, *(study.number(cell, ".1%") for cell in cells)))
         summary = next(iter(findings.values())).summary if findings else {"norm": "linf", "epsilon": 0.0}
-        budget = f"{attack_figures.NORMS.get(summary['norm'], summary['norm'])}, ε = "
         return {
             "transfer": tables.Table(
                 "Adversarial images of one model shown to another",
                 ("made on", "attack", "images", *(f"shown to {name}" for name in names)),
                 rows,
-                f"{budget}{attack_figures.size_text(summary['epsilon'])}. Share of images that fool the target: of those that "
+                f"{attack_figures.budget(summary)}. Share of images that fool the target: of those that "
                 "both models get right as they are, and of all images (the target's own errors included). 95 % "
                 "Clopper-Pearson intervals over images.",
             )

@@ -96,4 +96,7 @@ ROWS = {
     ),
     "nes": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
     "spsa": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
+    "adam": Row(
+        "bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}, sharp={"steps": 10, "relative_step": 0.5}
+    ),
 }

@@ -16,6 +16,7 @@ SETTINGS = {
     "attack_curve": {"batch": 64, "examples": 100, "multiples": (0.5, 1.0), "steps": 3, "exhibits": 2},
     "boundary_travel": {"batch": 64, "examples": 100, "stride": 0.02, "jump": 0.1, "exhibits": 2},
     "calibration": {"batch": 64, "draws": 50},
+    "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
     "transfer": {"batch": 64, "examples": 100, "steps": 3},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
 }

@@ -77,10 +77,9 @@ def test_when_it_does_not_apply(subjects):
         studies.build("transfer", attacks=("pgdd",))
 
 
-def test_a_minimal_attack_is_refused(monkeypatch):
-    monkeypatch.setitem(attacks.ATTACKS, "nearest", "toy_attacks:nearest")
+def test_a_minimal_attack_is_refused(subjects):
     with pytest.raises(errors.UserError, match="takes bounded attacks"):
-        studies.build("transfer", attacks=("nearest",))
+        studies.build("transfer", attacks=("fmn",)).applicable(subjects["ash"])
 
 
 def test_another_rival_asks_for_another_result(tmp_path, subjects, caplog):
