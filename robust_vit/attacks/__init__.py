@@ -35,6 +35,7 @@ ATTACKS = {
     "apgd_ce": "robust_vit.attacks.apgd:apgd_ce",
     "apgd_dlr": "robust_vit.attacks.apgd:apgd_dlr",
     "apgd_t": "robust_vit.attacks.apgd:apgd_t",
+    "adam": "robust_vit.attacks.adam:adam",
     "deep_fool": "robust_vit.attacks.deep_fool:deep_fool",
     "ddn": "robust_vit.attacks.fast_minimum_norm:ddn",
     "fmn": "robust_vit.attacks.fast_minimum_norm:fmn",

@@ -135,4 +135,7 @@ ROWS = {
         options={"steps": 8, "learning_rate": 0.1, "stop_on_success": True},
         sharp={"steps": 15},
     ),
+    "adam": Row(
+        "bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}, sharp={"steps": 10, "relative_step": 0.5}
+    ),
 }

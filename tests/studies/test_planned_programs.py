@@ -17,6 +17,8 @@ SMALL = {
     "boundary_travel": {"batch": 16, "examples": 40, "stride": 0.05},
     "calibration": {"batch": 32, "draws": 20},
     "attack_curve": {"batch": 16, "examples": 40, "steps": 2, "multiples": (1.0,)},
+    "loss_progression": {"batch": 16, "examples": 40, "steps": 2},
+    "transfer": {"batch": 16, "examples": 40, "steps": 2},
     "hessian_spectrum": {"mini_batches": 2, "rank": 8, "top": 2},
 }
 
