@@ -21,6 +21,7 @@ STUDIES = {
     "boundary_travel": "robust_vit.studies.boundary_travel:BoundaryTravel",
     "calibration": "robust_vit.studies.calibration:Calibration",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
+    "spatial_attack": "robust_vit.studies.spatial_attack:SpatialAttack",
 }
 
 

@@ -17,6 +17,7 @@ SMALL = {
     "calibration": {"batch": 32, "draws": 20},
     "attack_curve": {"batch": 16, "examples": 40, "steps": 2, "multiples": (1.0,)},
     "hessian_spectrum": {"mini_batches": 2, "rank": 8, "top": 2},
+    "spatial_attack": {"batch": 16, "examples": 40, "grid": (3, 3, 3), "tries": 3},
 }
 
 

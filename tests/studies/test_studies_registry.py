@@ -17,6 +17,7 @@ SETTINGS = {
     "boundary_travel": {"batch": 64, "examples": 100, "stride": 0.02, "jump": 0.1, "exhibits": 2},
     "calibration": {"batch": 64, "draws": 50},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
+    "spatial_attack": {"batch": 64, "examples": 100, "grid": (3, 3, 5), "tries": 3, "exhibits": 2},
 }
 
 
