@@ -25,6 +25,7 @@ STUDIES = {
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
     "transfer": "robust_vit.studies.transfer:Transfer",
+    "spatial_attack": "robust_vit.studies.spatial_attack:SpatialAttack",
 }
 
 

@@ -20,6 +20,7 @@ SMALL = {
     "loss_progression": {"batch": 16, "examples": 40, "steps": 2},
     "transfer": {"batch": 16, "examples": 40, "steps": 2},
     "hessian_spectrum": {"mini_batches": 2, "rank": 8, "top": 2},
+    "spatial_attack": {"batch": 16, "examples": 40, "grid": (3, 3, 3), "tries": 3},
 }
 
 

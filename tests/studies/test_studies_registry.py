@@ -20,6 +20,7 @@ SETTINGS = {
     "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
     "transfer": {"batch": 64, "examples": 100, "steps": 3},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
+    "spatial_attack": {"batch": 64, "examples": 100, "grid": (3, 3, 5), "tries": 3, "exhibits": 2},
 }
 
 
