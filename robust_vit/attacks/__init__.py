@@ -9,7 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.attacks import cameras, channel, expectations, norms, patch, runner, skeleton, threats, universal
+from robust_vit.attacks import (
+    cameras,
+    channel,
+    expectations,
+    norms,
+    patch,
+    runner,
+    skeleton,
+    storage,
+    threats,
+    universal,
+)
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
@@ -41,9 +52,11 @@ example_keys = runner.example_keys
 expectation = expectations.expectation
 fit_patch = patch.fit
 fit_universal = universal.fit
+load = storage.load
 print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run
+save = storage.save
 threat = threats.threat
 views = cameras.views
 

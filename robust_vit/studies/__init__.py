@@ -21,6 +21,8 @@ STUDIES = {
     "boundary_travel": "robust_vit.studies.boundary_travel:BoundaryTravel",
     "calibration": "robust_vit.studies.calibration:Calibration",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
+    "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",
+    "physical_attack": "robust_vit.studies.physical_attack:PhysicalAttack",
 }
 
 

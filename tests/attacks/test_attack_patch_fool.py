@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_vit
 
-from robust_vit import attacks, errors, losses
+from robust_vit import attacks, errors
 from robust_vit.attacks import masked, patch_fool
 
 COUNT = 48

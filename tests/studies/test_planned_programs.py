@@ -17,6 +17,8 @@ SMALL = {
     "calibration": {"batch": 32, "draws": 20},
     "attack_curve": {"batch": 16, "examples": 40, "steps": 2, "multiples": (1.0,)},
     "hessian_spectrum": {"mini_batches": 2, "rank": 8, "top": 2},
+    "patch_attack": {"batch": 16, "examples": 40, "steps": 2, "learned_images": 32, "areas": (0.1, 0.3)},
+    "physical_attack": {"batch": 16, "examples": 40, "attack": "pgd(steps=2)", "samples": 2, "strengths": (1.0,)},
 }
 
 

@@ -17,6 +17,22 @@ SETTINGS = {
     "boundary_travel": {"batch": 64, "examples": 100, "stride": 0.02, "jump": 0.1, "exhibits": 2},
     "calibration": {"batch": 64, "draws": 50},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
+    "patch_attack": {
+        "batch": 50,
+        "examples": 100,
+        "steps": 3,
+        "learned_images": 100,
+        "areas": (0.1, 0.3),
+        "exhibits": 2,
+    },
+    "physical_attack": {
+        "batch": 50,
+        "examples": 100,
+        "attack": "pgd(steps=2)",
+        "samples": 2,
+        "strengths": (0.5, 1.0),
+        "exhibits": 2,
+    },
 }
 
 
