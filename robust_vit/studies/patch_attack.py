@@ -18,6 +18,7 @@ from robust_vit.metrics import statistics
 from robust_vit.studies import forward, patch_figures, study
 
 _PURPOSE = 0x70617463  # "patc": keeps the draws of learning apart from those of laying.
+COVERS = ("patch", "noise")
 _learned: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -168,7 +169,7 @@ class PatchAttack(study.Study):
         images, _, keys = forward.examples(subject, batch)
         noise_key = jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE + 1)
         noise = learned.replace(texture=jax.random.uniform(noise_key, learned.texture.shape))
-        for name, laid in (("patch", learned), ("noise", noise)):
+        for name, laid in zip(COVERS, (learned, noise), strict=True):
             # The area is a leaf: one compilation serves all areas and both patches.
             found = [patch.predict(subject.classifier, laid, keys, images, np.float32(area)) for area in self.areas]
             records[f"prediction/{name}"] = np.stack([mesh.fetch(one)[mask] for one in found], axis=1).astype(np.int32)
@@ -188,7 +189,7 @@ class PatchAttack(study.Study):
         target = int(records["exhibit/target"][0])
         areas = [float(area) for area in records["exhibit/areas"]]
         found: dict[str, list[dict[str, Any]]] = {}
-        for name in ("patch", "noise"):
+        for name in COVERS:
             found[name] = []
             for column, area in enumerate(areas):
                 predicted = records[f"prediction/{name}"][:, column]
@@ -228,7 +229,8 @@ class PatchAttack(study.Study):
         areas = sorted({area for finding in findings.values() for area in finding.summary["areas"]})
         rows = []
         for run, finding in findings.items():
-            for name, points in finding.summary["curves"].items():
+            for name in COVERS:
+                points = finding.summary["curves"][name]
                 by_area = {point["area"]: point for point in points}
                 cells = [study.number(by_area.get(area, {}).get("accuracy"), ".1%") for area in areas]
                 hit = study.number(points[-1].get("on_target"), ".1%")

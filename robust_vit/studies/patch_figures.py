@@ -23,7 +23,8 @@ def curves(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
         for index, finding in enumerate(findings.values()):
             summary = finding.summary
             areas = np.concatenate([[0.0], summary["areas"]])
-            for name, points in summary["curves"].items():
+            for name in _DASHES:
+                points = summary["curves"][name]
                 entries = [summary["clean"], *(point["accuracy"] for point in points)]
                 values, low, high = (np.asarray([entry[key] for entry in entries]) for key in ("value", "low", "high"))
                 if name == "patch":

@@ -210,7 +210,8 @@ class PhysicalAttack(study.Study):
         strengths = sorted({strength for finding in findings.values() for strength in finding.summary["strengths"]})
         rows = []
         for run, finding in findings.items():
-            for kind, entry in finding.summary["kinds"].items():
+            for kind in ("clean", *KINDS):
+                entry = finding.summary["kinds"][kind]
                 by_strength = {point["strength"]: point for point in entry["photographs"]}
                 cells = []
                 for field in ("accuracy", "destruction"):

@@ -21,7 +21,8 @@ def curves(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
     with plots.style():
         figure, axes = plots.figure(1, 2, width=8.4, height=3.9)
         for index, finding in enumerate(findings.values()):
-            for kind, entry in finding.summary["kinds"].items():
+            for kind in _DASHES:
+                entry = finding.summary["kinds"][kind]
                 points = entry["photographs"]
                 strengths = [0.0, *(point["strength"] for point in points)]
                 _line(axes[0, 0], index, kind, strengths, [entry["file"], *(point["accuracy"] for point in points)])
