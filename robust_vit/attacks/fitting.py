@@ -57,8 +57,7 @@ class Batches:
         low, high = float(pixels.min()), float(pixels.max())
         if not (low >= 0 and high <= 1):
             raise errors.UserError(
-                f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; put the normalisation inside the "
-                "model."
+                f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; normalise inside the model."
             )
         self._size = images.shape[0]
         self.image_shape = tuple(images.shape[1:])
