@@ -21,6 +21,7 @@ from robust_vit.attacks import (
     patch,
     runner,
     skeleton,
+    storage,
     suites,
     threats,
     universal,
@@ -68,9 +69,11 @@ example_keys = runner.example_keys
 expectation = expectations.expectation
 fit_patch = patch.fit
 fit_universal = universal.fit
+load = storage.load
 print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run
+save = storage.save
 threat = threats.threat
 views = cameras.views
 

@@ -24,6 +24,8 @@ STUDIES = {
     "calibration": "robust_vit.studies.calibration:Calibration",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
+    "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",
+    "physical_attack": "robust_vit.studies.physical_attack:PhysicalAttack",
     "transfer": "robust_vit.studies.transfer:Transfer",
     "spatial_attack": "robust_vit.studies.spatial_attack:SpatialAttack",
 }
