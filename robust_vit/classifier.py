@@ -106,15 +106,33 @@ class Wrapped:
 
     Attributes:
       variables: the parameters handed to `apply`; `()` for a model that keeps its own.
-      apply: `apply(variables, images) -> logits`; static.
+      apply: `apply(variables, images) -> logits`, of a stochastic model `apply(variables, images, keys)`; static.
+      stochastic: the model draws; static.
     """
 
     variables: PyTree
     apply: Callable = flax.struct.field(pytree_node=False)
+    stochastic: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits `[batch, classes]` of canonical pixels."""
-        return self.apply(self.variables, images)
+    def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:
+        """Logits `[batch, classes]` of canonical pixels.
+
+        Args:
+          images: canonical pixels.
+          keys: of a stochastic model, one typed key an example; without them every image meets the same draw, each time.
+        """
+        if not self.stochastic:
+            return self.apply(self.variables, images)
+        return self.apply(self.variables, images, same_draws(images) if keys is None else keys)
+
+    @property
+    def samples(self) -> int:
+        """How many draws `sample` makes."""
+        return 1
+
+    def sample(self, images: jax.Array, keys: jax.Array) -> Float[Array, "samples batch classes"]:
+        """Logits of a stochastic model under the draws of these keys: how attacks ask it. One forward pass."""
+        return self(images, keys=keys)[None]
 
     def features(self, images: jax.Array, gates: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits and an empty dict: a foreign model names no features and has no gates."""
@@ -140,12 +158,12 @@ class _IgnoringVariables:
 
     function: Callable
 
-    def __call__(self, variables: PyTree, images: jax.Array) -> jax.Array:
+    def __call__(self, variables: PyTree, *inputs: jax.Array) -> jax.Array:
         del variables
-        return self.function(images)
+        return self.function(*inputs)
 
 
-def wrap(apply: Callable, variables: PyTree | None = None) -> Wrapped:
+def wrap(apply: Callable, variables: PyTree | None = None, *, stochastic: bool = False) -> Wrapped:
     """Admits any JAX function as a classifier.
 
     Args:
@@ -153,10 +171,17 @@ def wrap(apply: Callable, variables: PyTree | None = None) -> Wrapped:
         canonical pixels `[batch, height, width, channels]` in [0, 1]: put the normalisation inside. Pass the same
         function object each time: a new one is traced anew.
       variables: a pytree of parameters. Without it, studies of the loss in parameter space do not apply.
+      stochastic: the model draws: `apply` takes `keys` last, one typed key an example, and has no other randomness. Attacks
+        then draw anew in each evaluation; `robust_vit.attacks.expectation` makes them average over several draws.
     """
     if variables is None:
-        return Wrapped(variables=(), apply=_IgnoringVariables(apply))
-    return Wrapped(variables=variables, apply=apply)
+        return Wrapped(variables=(), apply=_IgnoringVariables(apply), stochastic=stochastic)
+    return Wrapped(variables=variables, apply=apply, stochastic=stochastic)
+
+
+def same_draws(images: jax.Array) -> jax.Array:
+    """Keys for a stochastic model that is asked without any: the same one for each image, in any batch."""
+    return jnp.broadcast_to(jax.random.key(0), images.shape[:1])
 
 
 def count_classes(classifier: Classifier | Wrapped, images: jax.Array) -> int:
@@ -167,8 +192,12 @@ def count_classes(classifier: Classifier | Wrapped, images: jax.Array) -> int:
 def in_float32(model: Any) -> Any:
     """The model's float32 twin: the same weights, computed in float32 where its module computes in less.
 
-    A fused attention becomes the explicit one: the kernel of a GPU is half precision, and has no second derivative.
+    A fused attention becomes the explicit one: the kernel of a GPU is half precision, and has no second derivative. What
+    wraps a model in its field `model` is rebuilt around that model's twin.
     """
+    inner = getattr(model, "model", None)
+    if inner is not None:
+        return model.replace(model=in_float32(inner))
     module = getattr(model, "module", None)
     dtype = getattr(module, "dtype", None)
     if dtype is None or jnp.dtype(dtype).itemsize >= 4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -56,3 +57,30 @@ def build(
     fixed = fixed or {}
     check_options(kind, name, options, [key for key in inspect.signature(factory).parameters if key not in fixed])
     return factory(**fixed, **options)
+
+
+def parse(kind: str, text: str, *, example: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Name, positional and named arguments of a call that is written as text: "pgd(steps=40, step_size=2/255)".
+
+    Args:
+      kind: what the call makes, for the error.
+      text: a name, or a call of one; arguments are Python literals or fractions of numbers.
+      example: how such a call is written, for the error.
+
+    Raises:
+      errors.UserError: the text is neither.
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if isinstance(call, ast.Name):
+            call = ast.Call(func=call, args=[], keywords=[])
+        named = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
+        return call.func.id, [_literal(argument) for argument in call.args], named
+    except (SyntaxError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise errors.UserError(f"{kind} {text!r} is not understood: write for example {example}.") from error
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        return _literal(node.left) / _literal(node.right)
+    return ast.literal_eval(node)

@@ -10,11 +10,34 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.attacks import checks, guards, inputs, norms, runner, skeleton, threats
+from robust_vit.attacks import (
+    cameras,
+    channel,
+    checks,
+    expectations,
+    guards,
+    inputs,
+    norms,
+    runner,
+    skeleton,
+    threats,
+)
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
+    "bim": "robust_vit.attacks.gradient:bim",
+    "mi_fgsm": "robust_vit.attacks.gradient:mi_fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "deep_fool": "robust_vit.attacks.deep_fool:deep_fool",
+    "ddn": "robust_vit.attacks.fast_minimum_norm:ddn",
+    "fmn": "robust_vit.attacks.fast_minimum_norm:fmn",
+    "carlini_wagner": "robust_vit.attacks.carlini_wagner:carlini_wagner",
+    "fab": "robust_vit.attacks.fab:fab",
+    "fab_t": "robust_vit.attacks.fab:fab_t",
+    "square": "robust_vit.attacks.square:square",
+    "hop_skip_jump": "robust_vit.attacks.hop_skip_jump:hop_skip_jump",
+    "nes": "robust_vit.attacks.estimation:nes",
+    "spsa": "robust_vit.attacks.estimation:spsa",
 }
 
 Attack = skeleton.Attack
@@ -27,10 +50,14 @@ THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
 check = checks.check
 check_inputs = inputs.check_inputs
+destruction_rate = channel.destruction_rate
 example_keys = runner.example_keys
+expectation = expectations.expectation
+print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run
 threat = threats.threat
+views = cameras.views
 
 
 def build(name: str, **options: Any) -> skeleton.Attack:

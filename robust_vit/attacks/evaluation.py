@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 Model = Callable[[jax.Array], jax.Array]
 _PURPOSE = 0x6D6F6465  # "mode": keeps the draws of a model apart from those of the attack.
@@ -57,6 +57,26 @@ def logits(
 ) -> Float[Array, "batch classes"]:
     """Logits of a batch, averaged as probabilities where the model is stochastic. Arguments as in `respond`."""
     return collapse(respond(model, images, keys, draw))
+
+
+def widened(
+    model: Model,
+    images: Float[Array, "times batch height width channels"],
+    keys: Key[Array, " batch"],
+    steps: Int[Array, " batch"],
+) -> Float[Array, "times batch classes"]:
+    """Logits of several images of each example, as one batch; every one is a draw of its own. `times` forward passes.
+
+    Args:
+      model: as in `respond`.
+      images: canonical pixels.
+      keys: one an example.
+      steps: how many the attack has taken before.
+    """
+    times, batch = images.shape[:2]
+    draws = steps.astype(jnp.uint32)[None] * times + jnp.arange(times, dtype=jnp.uint32)[:, None]
+    found = logits(model, images.reshape(-1, *images.shape[2:]), jnp.tile(keys, times), draws.reshape(-1))
+    return found.reshape(times, batch, -1)
 
 
 def ascent(

@@ -1,4 +1,4 @@
-"""Attacks by steps along the gradient in a ball: FGSM, BIM, PGD."""
+"""Attacks by steps along the gradient in a ball: FGSM, BIM, PGD, MI-FGSM."""
 
 from __future__ import annotations
 
@@ -28,12 +28,23 @@ def cosine(progress: jax.Array) -> jax.Array:
 SCHEDULES = {"constant": constant, "cosine": cosine}
 
 
+class AscentState(skeleton.State, kw_only=True):
+    """Where an ascent stands.
+
+    Attributes:
+      velocity: of an ascent with momentum, the decaying sum of its gradients, each of L1 norm one; None without momentum.
+    """
+
+    velocity: Float[Array, "batch height width channels"] | None
+
+
 class ProjectedAscent(skeleton.Attack, kw_only=True):
     """Projected steepest ascent of the loss in a ball. `robust_vit.attacks.build("pgd", ...)` makes one.
 
     Attributes:
       epsilon: radius of the ball, in pixel units [0, 1].
       relative_step: length of a step in units of epsilon, so that a sweep over epsilon scales the steps too.
+      momentum: what a step keeps of the gradients before it, at least 0; None steps along the gradient alone.
       schedule: factor of the step size from the progress in [0, 1) of a restart, a named function.
       steps: gradient steps from each start.
       restarts: starts, at least one.
@@ -44,6 +55,7 @@ class ProjectedAscent(skeleton.Attack, kw_only=True):
 
     epsilon: Any
     relative_step: Any
+    momentum: Any = None
     schedule: Callable = flax.struct.field(pytree_node=False, default=constant)
     steps: int = flax.struct.field(pytree_node=False, default=10)
     restarts: int = flax.struct.field(pytree_node=False, default=1)
@@ -63,15 +75,23 @@ class ProjectedAscent(skeleton.Attack, kw_only=True):
     def sweep(self, epsilons: Float[Array, " sweep"]) -> ProjectedAscent:
         """This attack at each radius, its numbers stacked: `jax.vmap(lambda a: a(model, keys, images, labels))(a.sweep(e))`."""
         epsilons = jnp.asarray(epsilons, jnp.result_type(float))
-        return self.replace(epsilon=epsilons, relative_step=jnp.broadcast_to(self.relative_step, epsilons.shape))
+        return jax.tree.map(lambda number: jnp.broadcast_to(number, epsilons.shape), self).replace(epsilon=epsilons)
 
-    def step(self, model: skeleton.Model, state: skeleton.State) -> skeleton.State:
+    def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> AscentState:
+        """The state before any evaluation. No passes."""
+        velocity = None if self.momentum is None else jnp.zeros_like(jnp.asarray(images))
+        return AscentState(**skeleton.blank(keys, images, labels), velocity=velocity)
+
+    def step(self, model: skeleton.Model, state: AscentState) -> AscentState:
         """Evaluates the current images and moves them. One forward and backward pass."""
         # What is evaluated at a boundary is complete: the clean image, or the end of a restart. A new start follows.
         phase = state.count % (self.steps + 1) if self.random_start else state.count + 1
         restart = state.count // (self.steps + 1)
         found = evaluation.ascent(self.loss, model, state.images, state.keys, state.labels, draw=state.count)
-        moved = self._move(state, found.gradients, phase)
+        gradients, velocity = found.gradients, None
+        if self.momentum is not None:
+            gradients = velocity = self._accelerate(state.velocity, gradients, phase)
+        moved = self._move(state, gradients, phase)
         if self.random_start:
             starts = phase == 0
             fresh = jax.lax.cond(jnp.any(starts), lambda: self._start(state, restart), lambda: moved)
@@ -87,6 +107,7 @@ class ProjectedAscent(skeleton.Attack, kw_only=True):
             success=state.success | achieved,
             best=skeleton.select(achieved & ~state.success, state.images, state.best),
             vanished=state.vanished + found.vanished,
+            velocity=velocity,
         )
 
     def answer(self, model: skeleton.Model, state: skeleton.State) -> jax.Array:
@@ -96,12 +117,19 @@ class ProjectedAscent(skeleton.Attack, kw_only=True):
         last = self.achieves(evaluation.logits(model, state.images, state.keys, state.count), state.labels)
         return skeleton.select(state.success & ~last, state.best, state.images)
 
+    def _accelerate(self, velocity: jax.Array, gradients: jax.Array, phase: jax.Array) -> jax.Array:
+        # The gradient at a boundary is of another start's end.
+        kept = jnp.where(phase == 0, 0.0, jnp.asarray(self.momentum, gradients.dtype))
+        fresh = skeleton.select(phase == 0, jnp.zeros_like(gradients), norms.normalize(norms.L1, gradients))
+        return kept[:, None, None, None] * velocity + fresh
+
     def _move(self, state: skeleton.State, gradients: jax.Array, phase: jax.Array) -> jax.Array:
         epsilon = jnp.asarray(self.epsilon, gradients.dtype)
         size = epsilon * jnp.asarray(self.relative_step, gradients.dtype)
         progress = (phase - 1).astype(gradients.dtype) / self.steps
-        size = self.goal.direction * size * self.schedule(progress)
-        images = state.images + size[:, None, None, None] * self.norm.ascend(gradients)
+        size = size * self.schedule(progress)
+        direction = self.norm.climb(self.goal.direction * gradients, state.images)
+        images = state.images + size[:, None, None, None] * direction
         return self.norm.project(images, state.clean, epsilon)
 
     def _start(self, state: skeleton.State, restart: jax.Array) -> jax.Array:
@@ -137,6 +165,81 @@ def fgsm(
     )
 
 
+def bim(
+    *,
+    epsilon: float | jax.Array | None = None,
+    norm: str | norms.Norm | None = None,
+    threat: str | threats.ThreatModel | None = None,
+    steps: int = 10,
+    step_size: float | None = None,
+    relative_step: float | jax.Array | None = None,
+    loss: str | Callable = "cross_entropy",
+    goal: str | skeleton.Goal = "untargeted",
+    stop_on_success: bool = True,
+) -> skeleton.Attack:
+    """The basic iterative method: gradient steps from the clean image (Kurakin et al. 2017, arXiv 1607.02533).
+
+    Cost: `steps` forward and backward passes, and a forward pass that judges. Arguments as in `pgd`, but for the length of a
+    step: `1.25 / steps` of epsilon, which is the paper's one level of 255 where it takes its `1.25 * 255 * epsilon` steps.
+    """
+    if step_size is None and relative_step is None:
+        arguments.counts(steps=steps)
+        relative_step = 1.25 / steps
+    return pgd(
+        epsilon=epsilon,
+        norm=norm,
+        threat=threat,
+        steps=steps,
+        step_size=step_size,
+        relative_step=relative_step,
+        random_start=False,
+        loss=loss,
+        goal=goal,
+        stop_on_success=stop_on_success,
+    )
+
+
+def mi_fgsm(
+    *,
+    epsilon: float | jax.Array | None = None,
+    norm: str | norms.Norm | None = None,
+    threat: str | threats.ThreatModel | None = None,
+    steps: int = 10,
+    step_size: float | None = None,
+    relative_step: float | jax.Array | None = None,
+    momentum: float | jax.Array = 1.0,
+    loss: str | Callable = "cross_entropy",
+    goal: str | skeleton.Goal = "untargeted",
+    stop_on_success: bool = True,
+) -> skeleton.Attack:
+    """The momentum iterative method, whose steps transfer better between models (Dong et al. 2018, arXiv 1710.06081).
+
+    Cost: `steps` forward and backward passes, and a forward pass that judges. Arguments as in `pgd`, but for the length of a
+    step, `1 / steps` of epsilon as in the paper, and
+
+    Args:
+      momentum: what each step keeps of the sum of the gradients before it, which are scaled to L1 norm one; the paper's decay
+        factor mu, at least 0.
+    """
+    if not np.all(np.isfinite(momentum)) or np.any(np.asarray(momentum) < 0):
+        raise errors.UserError(f"momentum is {momentum}: expected a number from 0; the paper takes 1.")
+    if step_size is None and relative_step is None:
+        arguments.counts(steps=steps)
+        relative_step = 1.0 / steps
+    attack = bim(
+        epsilon=epsilon,
+        norm=norm,
+        threat=threat,
+        steps=steps,
+        step_size=step_size,
+        relative_step=relative_step,
+        loss=loss,
+        goal=goal,
+        stop_on_success=stop_on_success,
+    )
+    return attack.replace(momentum=arguments.number(momentum))
+
+
 def pgd(
     *,
     epsilon: float | jax.Array | None = None,
@@ -152,14 +255,16 @@ def pgd(
     goal: str | skeleton.Goal = "untargeted",
     stop_on_success: bool = True,
 ) -> skeleton.Attack:
-    """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083); without a random start, the basic iterative method.
+    """Projected gradient descent from random starts (Madry et al. 2018, arXiv 1706.06083).
+
+    In L1 a step is sparse (Tramer & Boneh 2019, arXiv 1904.13000); `apgd_ce` finds more there.
 
     Cost: `restarts * (steps + 1)` forward and backward passes at most (`steps` without a random start), and one forward
     pass that judges.
 
     Args:
       epsilon: radius, in pixel units [0, 1]. `Attack.sweep` makes the same attack at many radii.
-      norm: `linf` or `l2`; the maximum norm where neither it nor `threat` is given.
+      norm: `linf`, `l2` or `l1`; the maximum norm where neither it nor `threat` is given.
       threat: a threat model or its name (`cifar10/linf-8`), in place of `epsilon` and `norm`.
       steps: gradient steps from each start.
       step_size: length of a step in pixel units.

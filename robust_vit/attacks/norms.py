@@ -23,9 +23,11 @@ class Norm:
     Attributes:
       name: as in `linf-8`.
       measure: `(differences) -> [batch]`: the norm of each.
-      project: `(images, clean, radius) -> images`: into the ball around `clean` and into [0, 1]; exact where the ball is a
-        box, else the ball first and the box second, which leaves the point inside both, though not always the nearest one.
+      project: `(images, clean, radius) -> images`: the nearest point, in Euclidean distance, that is both in the ball around
+        `clean` (itself in [0, 1]) and in [0, 1].
       ascend: `(gradients) -> directions` of norm one along which a linear function grows fastest; zero for a zero gradient.
+      climb: `(gradients, images) -> directions` of norm one that an attack steps along from images in [0, 1]; `ascend`, except
+        in L1, where the steepest direction is a single value, which may be at its bound.
       draw: `(keys, like, radius) -> differences` uniform in the ball, one key an example.
     """
 
@@ -33,6 +35,7 @@ class Norm:
     measure: Callable
     project: Callable
     ascend: Callable
+    climb: Callable
     draw: Callable
 
 
@@ -55,20 +58,33 @@ def _linf_draw(keys: jax.Array, like: jax.Array, radius: jax.Array) -> jax.Array
 
 
 def _l2_measure(differences: Float[Array, "batch height width channels"]) -> Float[Array, " batch"]:
-    return _l2_parts(differences)[1]
+    # Squares of what is below 1e-23 underflow in float32.
+    largest = jnp.max(jnp.abs(differences), axis=_features(differences), keepdims=True)
+    scaled = differences / jnp.where(largest > 0, largest, 1.0)
+    return (largest * jnp.sqrt(_total(scaled * scaled))).reshape(differences.shape[0])
 
 
 def _l2_project(images: jax.Array, clean: jax.Array, radius: jax.Array) -> jax.Array:
-    difference = images - clean
-    length = _l2_measure(difference)
-    factor = jnp.where(length > radius, radius / jnp.where(length > 0, length, 1.0), 1.0)
-    return jnp.clip(clean + _broadcast(factor, clean) * difference, 0.0, 1.0)
+    """Differences shrink by one factor and end at the box: its square is where a concave, piecewise linear sum is radius²."""
+    difference, room = _room(images, clean)
+    # In units of the largest difference, whose squares do not underflow.
+    unit = jnp.max(difference, axis=_features(images), keepdims=True)
+    unit = jnp.where(unit > 0, unit, 1.0)
+    squares, ends = (difference / unit) ** 2, (room / unit) ** 2
+    goal = (_broadcast(radius, clean) / unit) ** 2
+
+    def solve(square):
+        at_end = square * squares >= ends
+        return (goal - _total(jnp.where(at_end, ends, 0.0))) / _total(jnp.where(at_end, 0.0, squares))
+
+    outside = _l2_measure(jnp.minimum(difference, room)) > radius
+    factor = jnp.sqrt(_root(solve, outside, 0.0, jnp.ones_like(goal)))
+    factor = jnp.where(_broadcast(outside, clean), factor, 1.0)
+    return _land(jnp.minimum(factor * difference, room), images, clean)
 
 
 def _l2_ascend(gradients: jax.Array) -> jax.Array:
-    scaled, _ = _l2_parts(gradients)
-    length = jnp.sqrt(jnp.sum(scaled * scaled, axis=_features(scaled), keepdims=True))
-    return jnp.where(length > 0, scaled / jnp.where(length > 0, length, 1.0), 0.0)
+    return normalize(L2, gradients)
 
 
 def _l2_draw(keys: jax.Array, like: jax.Array, radius: jax.Array) -> jax.Array:
@@ -84,26 +100,135 @@ def _l2_draw(keys: jax.Array, like: jax.Array, radius: jax.Array) -> jax.Array:
     return _broadcast(radius, like) * jax.vmap(draw)(keys)
 
 
-def _l2_parts(differences: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Differences over their largest entry, and their length: squares of gradients below 1e-23 underflow in float32."""
-    largest = jnp.max(jnp.abs(differences), axis=_features(differences), keepdims=True)
-    scaled = jnp.where(largest > 0, differences / jnp.where(largest > 0, largest, 1.0), 0.0)
-    squares = jnp.sum(scaled * scaled, axis=_features(differences))
-    return scaled, largest.reshape(squares.shape) * jnp.sqrt(squares)
+def _l1_measure(differences: Float[Array, "batch height width channels"]) -> Float[Array, " batch"]:
+    return jnp.sum(jnp.abs(differences), axis=_features(differences))
+
+
+def _l1_project(images: jax.Array, clean: jax.Array, radius: jax.Array) -> jax.Array:
+    """Differences lose one amount, or end at zero or at the box: the amount is where a piecewise linear sum is the radius."""
+    difference, room = _room(images, clean)
+    goal = _broadcast(radius, clean)
+
+    def solve(amount):
+        left = difference - amount
+        at_end = left >= room
+        moving = (left > 0) & ~at_end
+        return (_total(jnp.where(at_end, room, jnp.where(moving, difference, 0.0))) - goal) / _total(moving * 1.0)
+
+    outside = _l1_measure(jnp.minimum(difference, room)) > radius
+    amount = _root(solve, outside, 0.0, jnp.max(difference, axis=_features(images), keepdims=True))
+    amount = jnp.where(_broadcast(outside, clean), amount, 0.0)
+    moved = jnp.clip(difference - amount, 0.0, room)
+    # Rounding in the sum over many pixels would leave the ball.
+    length = _total(moved)
+    moved = jnp.where(length > goal, moved * (goal / jnp.where(length > 0, length, 1.0)), moved)
+    return _land(moved, images, clean)
+
+
+def _l1_ascend(gradients: jax.Array) -> jax.Array:
+    return _equal_steps(gradients, jnp.max(jnp.abs(gradients), axis=_features(gradients), keepdims=True))
+
+
+def _l1_climb(gradients: jax.Array, images: jax.Array) -> jax.Array:
+    """Sparse steps of the hundredth of the values that matter most and can move (Tramer & Boneh 2019, arXiv 1904.13000)."""
+    blocked = ((images <= 0) & (gradients < 0)) | ((images >= 1) & (gradients > 0))
+    return sparse(jnp.where(blocked, 0.0, gradients), jnp.full(images.shape[:1], 0.01, gradients.dtype))
+
+
+def sparse(
+    gradients: Float[Array, "batch height width channels"], kept: Float[Array, " batch"]
+) -> Float[Array, "batch height width channels"]:
+    """Directions of L1 norm one: equal steps of the share `kept` of the values with the largest gradients, at least one."""
+    sizes = jnp.sort(jnp.abs(gradients).reshape(gradients.shape[0], -1), axis=-1)
+    count = sizes.shape[1]
+    index = jnp.clip(((1.0 - kept) * count).astype(jnp.int32), 0, count - 1)
+    return _equal_steps(gradients, _broadcast(jnp.take_along_axis(sizes, index[:, None], axis=-1)[:, 0], gradients))
+
+
+def _equal_steps(gradients: jax.Array, least: jax.Array) -> jax.Array:
+    signs = jnp.where(jnp.abs(gradients) >= least, jnp.sign(gradients), 0.0)
+    return signs / jnp.maximum(_total(jnp.abs(signs)), 1.0)
+
+
+def _l1_draw(keys: jax.Array, like: jax.Array, radius: jax.Array) -> jax.Array:
+    def draw(key):
+        inside_key, rest_key = jax.random.split(key)
+        # The shares of n + 1 exponentials are uniform on the simplex; without the last, in the solid one.
+        inside = jax.random.laplace(inside_key, like.shape[1:], like.dtype)
+        return inside / (jnp.sum(jnp.abs(inside)) + jax.random.exponential(rest_key, (), like.dtype))
+
+    return _broadcast(radius, like) * jax.vmap(draw)(keys)
+
+
+def _room(images: jax.Array, clean: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How far each value is from the clean one, and how far the box lets it be on that side."""
+    difference = images - clean
+    return jnp.abs(difference), jnp.where(difference > 0, 1.0 - clean, clean)
+
+
+def _land(distances: jax.Array, images: jax.Array, clean: jax.Array) -> jax.Array:
+    return jnp.clip(clean + jnp.sign(images - clean) * distances, 0.0, 1.0)
+
+
+def _root(solve: Callable, wanted: jax.Array, low: float, high: jax.Array) -> jax.Array:
+    """Where a monotone, piecewise linear function meets its goal, one point an example, `[batch, 1, 1, 1]`.
+
+    `solve(point)` is where the piece at `point` would meet the goal, which also tells on which side of `point` the root is; a
+    meeting outside of the interval that is left halves it. The interval shrinks in every round and the last one is on the
+    root's own piece, so the root is exact. An example that has ended, or is not `wanted`, stays as it is, whatever its
+    neighbours need.
+    """
+    low = jnp.full_like(high, low)
+
+    def unfinished(carry):
+        return jnp.any(carry[-1])
+
+    def narrow(carry):
+        point, low, high, moving = carry
+        met = solve(point)
+        low, high = jnp.where(met > point, point, low), jnp.where(met < point, point, high)
+        # Strictly inside, or rounding at the border of two pieces could go back and forth for ever.
+        following = jnp.where((met > low) & (met < high), met, 0.5 * (low + high))
+        following = jnp.where(moving & (met != point), following, point)
+        return following, low, high, moving & (following != point)
+
+    return jax.lax.while_loop(unfinished, narrow, (low, low, high, _broadcast(wanted, high)))[0]
 
 
 def _features(images: jax.Array) -> tuple[int, ...]:
     return tuple(range(1, images.ndim))
 
 
+def _total(values: jax.Array) -> jax.Array:
+    return jnp.sum(values, axis=_features(values), keepdims=True)
+
+
 def _broadcast(value: jax.Array, like: jax.Array) -> jax.Array:
-    value = jnp.asarray(value, like.dtype)
+    value = jnp.asarray(value)
+    value = value if value.dtype == bool else value.astype(like.dtype)
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)) if value.ndim else value
 
 
-LINF = Norm("linf", _linf_measure, _linf_project, _linf_ascend, _linf_draw)
-L2 = Norm("l2", _l2_measure, _l2_project, _l2_ascend, _l2_draw)
-NORMS = {norm.name: norm for norm in (LINF, L2)}
+def _ascend_anywhere(ascend: Callable) -> Callable:
+    def climb(gradients: jax.Array, images: jax.Array) -> jax.Array:
+        del images
+        return ascend(gradients)
+
+    return climb
+
+
+LINF = Norm("linf", _linf_measure, _linf_project, _linf_ascend, _ascend_anywhere(_linf_ascend), _linf_draw)
+L2 = Norm("l2", _l2_measure, _l2_project, _l2_ascend, _ascend_anywhere(_l2_ascend), _l2_draw)
+L1 = Norm("l1", _l1_measure, _l1_project, _l1_ascend, _l1_climb, _l1_draw)
+NORMS = {norm.name: norm for norm in (LINF, L2, L1)}
+
+
+def normalize(norm: Norm, differences: jax.Array) -> jax.Array:
+    """Differences scaled to norm one; zero stays zero, and none is too small."""
+    largest = jnp.max(jnp.abs(differences), axis=_features(differences), keepdims=True)
+    scaled = differences / jnp.where(largest > 0, largest, 1.0)
+    length = _broadcast(norm.measure(scaled), scaled)
+    return scaled / jnp.where(length > 0, length, 1.0)
 
 
 def find(norm: str | Norm) -> Norm:

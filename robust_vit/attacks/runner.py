@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from robust_vit import errors, files, loops
 from robust_vit import mesh as meshes
+from robust_vit import programs as compiled
 from robust_vit.attacks import evaluation, inputs, skeleton
 
 PURPOSE = 0x61747461  # "atta": keeps the draws of attacks apart from those of everything else under the same seed.
@@ -128,6 +129,26 @@ def run(
     return store.result()
 
 
+def programs(
+    attack: skeleton.Attack, model: skeleton.Model, images: jax.ShapeDtypeStruct, *, examples: int, stride: int = 5
+) -> list[compiled.Program]:
+    """The compiled programs of `run` with how often each runs at most, for planning.
+
+    Args:
+      attack: the attack.
+      model: canonical pixels to logits; its arrays may be shapes.
+      images: the shape of the slots.
+      examples: how many there are.
+      stride: as in `run`.
+    """
+    rounds = -(-examples // images.shape[0])
+    begin, state = skeleton.begin_program(attack, images)
+    step = loops.plan(skeleton.advance, state, stride, attack, model, donate=True)
+    times = step.times * rounds * -(-attack.evaluations // stride)
+    judge = compiled.Program("judge", skeleton.finish, (attack, model, compiled.beside(state, model)), times=rounds)
+    return [dataclasses.replace(begin, times=2 * rounds), dataclasses.replace(step, times=times), judge]
+
+
 class _Pool:
     """The slots, on the device, with the examples that sit in them, and the finished ones that wait to be judged."""
 
@@ -201,7 +222,7 @@ class _Pool:
         _, rows, images, labels = zip(*occupants, strict=True)
         given = np.asarray(rows, np.uint32), np.stack(images), np.asarray(labels, np.int32)
         rows, images, labels = meshes.put_global(self.mesh, given)
-        state = self.attack.init(example_keys(self.seed, rows), images, labels)
+        state = skeleton.start(self.attack, example_keys(self.seed, rows), images, labels)
         return jax.tree.map(jnp.copy, state)
 
 

@@ -36,7 +36,7 @@ class Goal:
 UNTARGETED = Goal("untargeted", 1.0, jnp.not_equal)
 TARGETED = Goal("targeted", -1.0, jnp.equal)
 GOALS = {goal.name: goal for goal in (UNTARGETED, TARGETED)}
-LOSSES = {"cross_entropy": losses.cross_entropy, "margin": losses.margin}
+LOSSES = {"cross_entropy": losses.cross_entropy, "margin": losses.margin, "dlr": losses.dlr}
 
 
 class State(flax.struct.PyTreeNode, kw_only=True):
@@ -169,7 +169,7 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
         """
         inputs.check_arrays(keys, images, labels)
         inputs.check_values(model, images, labels)
-        state = _init(self, keys, images, labels)
+        state = start(self, keys, images, labels)
         state = loops.repeat(advance, state, self.evaluations, self, model)
         return finish(self, model, state)
 
@@ -222,14 +222,19 @@ def programs(attack: Attack, model: Model, images: jax.ShapeDtypeStruct) -> list
       model: canonical pixels to logits; its arrays may be shapes.
       images: the shape of the batch.
     """
+    begin, state = begin_program(attack, images)
+    step = loops.plan(advance, state, attack.evaluations, attack, model)
+    judged = compiled.beside(state, model)
+    return [begin, step, compiled.Program("judge", finish, (attack, model, judged))]
+
+
+def begin_program(attack: Attack, images: jax.ShapeDtypeStruct) -> tuple[compiled.Program, State]:
+    """The program of `start`, and the shapes that it makes."""
     keys, labels = jax.eval_shape(
         lambda x: (jax.random.split(jax.random.key(0), len(x)), jnp.zeros(len(x), jnp.int32)), images
     )
-    start = compiled.Program("start", _init, (attack, keys, images, labels))
-    state = jax.eval_shape(_init, attack, keys, images, labels)
-    step = loops.plan(advance, state, attack.evaluations, attack, model)
-    judged = compiled.beside(state, model)
-    return [start, step, compiled.Program("judge", finish, (attack, model, judged))]
+    begin = compiled.Program("start", start, (attack, keys, images, labels))
+    return begin, jax.eval_shape(start, attack, keys, images, labels)
 
 
 def blank(keys: jax.Array, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
@@ -255,7 +260,8 @@ def select(chosen: Bool[Array, " batch"], first: jax.Array, second: jax.Array) -
 
 
 @jax.jit
-def _init(attack: Attack, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
+def start(attack: Attack, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
+    """`attack.init`, compiled."""
     return attack.init(keys, images, labels)
 
 

@@ -6,7 +6,6 @@ nothing else, and reading from memory, from disk or on the device gives the same
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
@@ -98,17 +97,7 @@ def parse(text: str) -> Transform:
     Raises:
       errors.UserError: not a call of a known transform, or arguments that it does not take.
     """
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if isinstance(call, ast.Name):
-            call = ast.Call(func=call, args=[], keywords=[])
-        name = call.func.id
-        positional = [ast.literal_eval(argument) for argument in call.args]
-        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AttributeError) as error:
-        raise errors.UserError(
-            f"transform {text!r} is not understood: write for example 'pad_crop(4)' or 'flip()'."
-        ) from error
+    name, positional, named = registry.parse("transform", text, example="'pad_crop(4)' or 'flip()'")
     factory = registry.find("transform", name, TRANSFORMS)
     try:
         inspect.signature(factory).bind(*positional, **named)

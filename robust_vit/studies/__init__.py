@@ -18,7 +18,9 @@ from robust_vit.studies.study import Subject as Subject
 STUDIES = {
     "accuracy": "robust_vit.studies.accuracy:Accuracy",
     "attack_curve": "robust_vit.studies.attack_curve:AttackCurve",
+    "boundary_travel": "robust_vit.studies.boundary_travel:BoundaryTravel",
     "calibration": "robust_vit.studies.calibration:Calibration",
+    "certificate": "robust_vit.studies.certificate:Certificate",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
 }
 

@@ -10,35 +10,36 @@ import jax
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
-from robust_vit import attacks, errors, mesh, programs, tables
+from robust_vit import attacks, errors, programs, tables
 from robust_vit.metrics import classification, statistics
-from robust_vit.studies import attack_figures, forward, study
-
-_FIRED = 0.01  # A guard that compares two accuracies fires below this p-value.
+from robust_vit.studies import attack_entries, attack_figures, attack_guards, forward, study
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackCurve(study.Study):
-    """Robust accuracy against the size of the perturbation, under FGSM and PGD, with guards against false robustness.
+    """Robust accuracy against the size of the perturbation, under any attacks, with guards against false robustness.
 
-    Every attack is run afresh at every epsilon on the same images with the same keys (seed, row). A condition's *raw*
-    accuracy counts what that run alone broke; the *envelope* counts an image as broken at epsilon if any run up to epsilon
-    broke it, which the nested balls justify. Images that are misclassified as they are count as broken at every epsilon
+    A bounded attack is run afresh at every epsilon on the same images with the same keys (seed, row); one that seeks the
+    nearest success is run once, and breaks an image at every epsilon from its distance on. A condition's *raw* accuracy counts
+    what that run alone broke; the *envelope* counts an image as broken at epsilon if any run up to epsilon broke it, which the
+    nested balls justify. Images that are misclassified as they are count as broken at every epsilon
     (robust accuracy, not success rate). Success is judged again in float32 on the returned image (`robust_vit.attacks`).
 
     Guards (Carlini et al. 2019, arXiv 1902.06705; Croce & Hein 2020, arXiv 2003.01690; Pintor et al. 2022, arXiv
-    2106.09947): raw accuracy that rises with epsilon; PGD weaker than FGSM; gradients that vanish; an attack without a
+    2106.09947): raw accuracy that rises with epsilon; gradients
+    followed with less success than FGSM has in one step; gradients that vanish; an attack without a
     bound that leaves the model right; a forward pass that is not deterministic; images outside the ball or outside [0, 1].
     Each is a warning, not an error: the numbers are upper bounds of the robust accuracy in any case.
 
     Attributes:
-      attacks: names of `robust_vit.attacks`, weakest first.
+      attacks: names of `robust_vit.attacks`, weakest first, with options where the defaults are not meant:
+        ("fgsm", "pgd(steps=40, restarts=5)", "fmn").
       threat: the threat model's name, or None for the subject's; it gives the norm and the unit of `multiples`.
       multiples: the curve's epsilons in units of the threat's epsilon.
       epsilons: the curve's epsilons in pixel units [0, 1] in place of `multiples`; fractions such as "8/255" are read.
       norm: with `epsilons` and no threat, the norm.
-      steps: of iterated attacks.
-      restarts: of iterated attacks.
+      steps: of every attack that takes steps and whose entry does not say; None leaves each its own default.
+      restarts: likewise.
       examples: how many test images, the first in the order of the data set, or None for all.
       batch: images a compiled step; one batch is one chunk; or "auto", as many as the device has use and memory for.
       unbounded: also attack without a bound, for the guard.
@@ -66,8 +67,8 @@ class AttackCurve(study.Study):
     multiples: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     epsilons: tuple[float | str, ...] | None = None
     norm: str = "linf"
-    steps: int = 10
-    restarts: int = 1
+    steps: int | None = None
+    restarts: int | None = None
     examples: int | None = 256
     batch: int | str = 64
     unbounded: bool = True
@@ -75,11 +76,7 @@ class AttackCurve(study.Study):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.attacks:
-            raise errors.UserError(f"attacks is empty: name at least one of {', '.join(sorted(attacks.ATTACKS))}.")
-        for attack in self.attacks:
-            if attack not in attacks.ATTACKS:
-                raise errors.unknown("attack", attack, attacks.ATTACKS)
+        attack_entries.parse(self.attacks)
         sizes = self.multiples if self.epsilons is None else [_fraction(size) for size in self.epsilons]
         if not sizes or any(size <= 0 for size in sizes) or list(sizes) != sorted(set(sizes)):
             raise errors.UserError(
@@ -92,13 +89,8 @@ class AttackCurve(study.Study):
         """Needs a threat model and a model that can be differentiated."""
         if self.threat is None and subject.threat is None and self.epsilons is None:
             return "no threat model is set: give one such as threat='cifar10/linf-8', or epsilons"
-        try:
-            jax.eval_shape(jax.grad(lambda x, model: model(x).sum()), forward.images(subject, 1), subject.classifier)
-        except errors.UserError:
-            raise
-        except Exception as error:
-            return f"the model cannot be differentiated by JAX ({str(error).splitlines()[0][:120]})"
-        return None
+        self._built(subject)  # Refuses options and norms that an attack does not know, before any compute is spent.
+        return forward.not_differentiable(subject)
 
     def conditions(self, subject: study.Subject) -> tuple[Any, float, np.ndarray]:
         """The norm, the epsilon that the study turns on, and the curve's epsilons without zero."""
@@ -117,9 +109,20 @@ class AttackCurve(study.Study):
     def _stream(self, subject: study.Subject) -> Any:
         return subject.test.with_batch(self.batch, limit=self.examples)
 
-    def _build(self, name: str, norm: Any) -> Any:
-        options = {"steps": self.steps, "restarts": self.restarts} if name != "fgsm" else {}
-        return attacks.build(name, epsilon=1.0, norm=norm, **options)
+    @property
+    def entries(self) -> tuple[attack_entries.Entry, ...]:
+        """The attacks with their options."""
+        return attack_entries.parse(self.attacks)
+
+    def _defaults(self) -> dict[str, int | None]:
+        return {"steps": self.steps, "restarts": self.restarts}
+
+    def _built(self, subject: study.Subject) -> list[tuple[attack_entries.Entry, attacks.Attack, int]]:
+        """Each attack at the epsilon that the study turns on, with the runs that it takes a chunk."""
+        norm, center, curve = self.conditions(subject)
+        runs = {True: len(curve) + self.unbounded, False: 1}
+        built = [(entry, entry.build(norm, center, **self._defaults())) for entry in self.entries]
+        return [(entry, attack, runs[entry.is_bounded]) for entry, attack in built]
 
     def chunks(self, subject: study.Subject) -> int:
         """One a batch."""
@@ -127,35 +130,33 @@ class AttackCurve(study.Study):
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """The most that the study can take: examples that fall early are left alone, yet their slots are computed."""
-        norm, _, curve = self.conditions(subject)
-        backward = sum(self._build(name, norm).evaluations for name in self.attacks) * (len(curve) + self.unbounded)
-        images = len(self._stream(subject)) * self.batch
-        # Each attack judges once; the clean images are looked at once, those of the first chunk twice.
-        judged = len(self.attacks) * (len(curve) + self.unbounded)
-        return images * (backward + judged + 1) + self.batch, images * backward
+        images, forward_passes, backward_passes = len(self._stream(subject)) * self.batch, 1, 0
+        for _, attack, runs in self._built(subject):
+            ahead, back = (attack.evaluations * count for count in attack.step_passes)
+            forward_passes += runs * (ahead + attack.judge_passes)
+            backward_passes += runs * back
+        # The clean images are looked at once, those of the first chunk twice.
+        return images * forward_passes + self.batch, images * backward_passes
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """The clean forward pass, and start, step and judgement of each attack."""
         chunks = self.chunks(subject)
-        norm, center, curve = self.conditions(subject)
         images = forward.images(subject, self.batch)
         found = [forward.program(subject, self.batch, times=chunks + 1)]
-        for name in self.attacks:
-            attack = self._build(name, norm).replace(epsilon=np.float32(center))
+        for entry, attack, runs in self._built(subject):
             for program in attacks.programs(attack, subject.classifier, images):
-                times = program.times * chunks * (len(curve) + self.unbounded)
-                found.append(dataclasses.replace(program, name=f"{name}: {program.name}", times=times))
+                times = program.times * chunks * runs
+                found.append(dataclasses.replace(program, name=f"{entry.text}: {program.name}", times=times))
         return found
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
-        """For each image and attack: success, distance, loss and passes at every epsilon, the last one unbounded."""
+        """For each image and attack: success at every epsilon, the last one unbounded; distance, loss and passes of every run."""
         batch = self._stream(subject).batch(index)
         mask = np.asarray(batch["mask"], bool)
         logits, real = forward.logits(subject, batch)
         labels = real["label"].astype(np.int32)
         norm, center, curve = self.conditions(subject)
-        # A ball that holds all images: at this size only the box [0, 1] bounds the attack.
-        whole = 1.0 if norm.name == "linf" else float(np.sqrt(np.prod(np.shape(batch["image"])[1:])))
+        whole = attack_entries.whole(norm, np.shape(batch["image"])[1:])
         sizes = np.append(curve, whole) if self.unbounded else curve
         records = {
             "row": real["row"].astype(np.int32),
@@ -164,10 +165,7 @@ class AttackCurve(study.Study):
             "confidence": classification.confidence(logits).astype(np.float32),
             "correct": logits.argmax(axis=1) == labels,
         }
-        # Padding repeats the first row rather than whatever the stream pads with, so that the attack sees real pixels.
-        chosen = np.where(mask, np.arange(len(mask)), np.flatnonzero(mask)[0])
-        images, given = subject.put((batch["image"][chosen], np.asarray(batch["label"])[chosen].astype(np.int32)))
-        keys = attacks.example_keys(subject.seed, subject.put(np.asarray(batch["row"])[chosen].astype(np.uint32)))
+        images, given, keys = forward.examples(subject, batch)
         shown = min(self.exhibits, int(mask.sum())) if index == 0 else 0
         if index == 0:
             again = forward.logits(subject, batch)[0]
@@ -178,27 +176,19 @@ class AttackCurve(study.Study):
             records["exhibit/threat"] = np.asarray([self.threat or subject.threat or ""])
             records["exhibit/class_names"] = forward.class_names(subject)
             records["exhibit/image"] = np.asarray(real["image"][:shown], np.float32)
-        for name in self.attacks:
-            attack = self._build(name, norm)
-            found = []
-            for size in sizes:
-                # Epsilon is a leaf: one compilation serves the whole curve.
-                result = attack.replace(epsilon=np.float32(size))(subject.classifier, keys, images, given)
-                found.append(mesh.fetch(result))
-                if shown and size == center and name == self.attacks[-1]:
-                    records["exhibit/adversarial"] = np.asarray(found[-1].images[:shown], np.float32)
-                    records["exhibit/prediction"] = np.asarray(found[-1].prediction[:shown], np.int32)
-
-            def columns(field: str, found: list = found) -> np.ndarray:
-                return np.stack([np.asarray(getattr(result, field)) for result in found], axis=1)[mask]
-
-            inside = np.stack([((r.images >= 0) & (r.images <= 1)).all(axis=(1, 2, 3)) for r in found], axis=1)[mask]
-            records[f"success/{name}"] = columns("success") | ~records["correct"][:, None]
-            records[f"inside/{name}"] = inside & (columns("distance") <= sizes * (1 + 1e-5) + 1e-6)
-            for field in ("distance", "loss"):
-                records[f"{field}/{name}"] = columns(field).astype(np.float32)
-            for field in ("vanished", "forward_passes", "backward_passes"):
-                records[f"{field}/{name}"] = columns(field).astype(np.int32)
+        for entry in self.entries:
+            found = attack_entries.run(entry, norm, sizes, subject.classifier, keys, images, given, **self._defaults())
+            found = [jax.tree.map(lambda leaf: leaf[mask], result) for result in found]
+            columns = attack_entries.columns(found, sizes, records["correct"], bounded=entry.is_bounded)
+            records |= {f"{field}/{entry.text}": column for field, column in columns.items()}
+        if shown:
+            # Of the last attack; its nearest success is shown where that lies within the ball.
+            result = found[int(np.argmin(np.abs(curve - center)))] if entry.is_bounded else found[0]
+            near = (np.asarray(result.distance) <= center * (1 + 1e-5) + 1e-6)[:shown]
+            ends = np.where(near[:, None, None, None], result.images[:shown], real["image"][:shown])
+            predictions = np.where(near, result.prediction[:shown], records["prediction"][:shown])
+            records["exhibit/adversarial"] = ends.astype(np.float32)
+            records["exhibit/prediction"] = predictions.astype(np.int32)
         return records
 
     def summarise(self, records: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -219,7 +209,7 @@ class AttackCurve(study.Study):
                 }
                 for i, size in enumerate(curve)
             ]
-        guards = self._guards(records, success, curve)
+        guards = attack_guards.check(records, self.entries, curve, unbounded=self.unbounded)
         caveats = [guard["detail"] for guard in guards.values() if guard["fired"]]
         names, labels = records["exhibit/class_names"], records["label"]
         if len(np.unique(labels)) < len(names):
@@ -243,72 +233,17 @@ class AttackCurve(study.Study):
             "caveats": caveats,
         }
 
-    def _guards(
-        self, records: Mapping[str, np.ndarray], success: Mapping[str, np.ndarray], curve: np.ndarray
-    ) -> dict[str, dict[str, Any]]:
-        guards: dict[str, dict[str, Any]] = {}
-
-        def guard(name: str, fired: bool, detail: str) -> None:
-            guards[name] = {"fired": bool(fired), "detail": detail}
-
-        for name in self.attacks:
-            raw = success[name]
-            falls = [i for i in range(len(curve) - 1) if _fewer(raw[:, i + 1], raw[:, i])]
-            guard(
-                f"monotone/{name}",
-                bool(falls),
-                f"{name.upper()} breaks fewer images at epsilon {curve[falls[0] + 1]:.4g} than at {curve[falls[0]]:.4g}: the "
-                "gradient misleads it there (masking, or steps too long); read the envelope, and attack by other means."
-                if falls
-                else f"the raw accuracy under {name.upper()} does not rise with epsilon",
-            )
-        if {"fgsm", "pgd"} <= set(self.attacks):
-            weaker = [i for i in range(len(curve)) if _fewer(success["pgd"][:, i], success["fgsm"][:, i])]
-            guard(
-                "order",
-                bool(weaker),
-                f"PGD breaks fewer images than FGSM at epsilon {curve[weaker[0]]:.4g}: it has too few steps, or the gradient "
-                "is masked."
-                if weaker
-                else "PGD breaks as many images as FGSM or more",
-            )
-        correct = records["correct"]
-        for name in self.attacks:
-            gone = records[f"vanished/{name}"][correct] > 0
-            share = float(gone.any(axis=1).mean()) if correct.any() else 0.0
-            guard(
-                f"gradient/{name}",
-                share > 0.01,
-                f"{share:.1%} of the images that the model gets right met a gradient that is zero or not finite under "
-                f"{name.upper()}: a saturated softmax or masking; try loss='margin'.",
-            )
-            outside = ~records[f"inside/{name}"]
-            guard(
-                f"ball/{name}", outside.any(), f"{name.upper()} returned {int(outside.sum())} images outside its ball."
-            )
-        if self.unbounded:
-            left = float(1.0 - np.logical_or.reduce([records[f"success/{n}"] for n in self.attacks])[:, -1].mean())
-            guard(
-                "unbounded",
-                left > 0.05,
-                f"Without any bound the attacks leave {left:.1%} of the images right, where they should leave none: they "
-                "are too weak for this model, so its robustness is overstated.",
-            )
-        guard(
-            "deterministic",
-            not records["exhibit/deterministic"][0],
-            "Two forward passes of the same images differ: a randomised model needs attacks that average over its draws.",
-        )
-        return guards
-
     def figures(self, findings: Mapping[str, study.Finding]) -> dict[str, matplotlib_figure.Figure]:
         """The curves of all runs, and the first images with their perturbations."""
         if not findings:
             return {}
-        figures = {"attack_curve": attack_figures.curves(findings, self.attacks)}
+        figures = {"attack_curve": attack_figures.curves(findings, self._labels())}
         if any("exhibit/adversarial" in finding.records for finding in findings.values()):
-            figures["adversarial_examples"] = attack_figures.examples(findings, self.attacks[-1])
+            figures["adversarial_examples"] = attack_figures.examples(findings, self.entries[-1].label)
         return figures
+
+    def _labels(self) -> dict[str, str]:
+        return {entry.text: entry.label for entry in self.entries}
 
     def headline(self, finding: study.Finding) -> dict[str, tables.Number]:
         """Worst-case robust accuracy at the threat's epsilon."""
@@ -325,13 +260,13 @@ class AttackCurve(study.Study):
                 cells = [study.number(by_size.get(size), ".1%") for size in sizes]
                 rows.append((run, attack, study.number(finding.summary["clean"], ".1%"), *cells))
         norm = next(iter(findings.values())).summary["norm"] if findings else ""
+        budget = "".join(f"; {key}={value}" for key, value in self._defaults().items() if value is not None)
         return {
             "attack_curve": tables.Table(
                 "Robust accuracy by epsilon",
                 ("run", "attack", "clean", *(f"ε = {attack_figures.size_text(size)}" for size in sizes)),
                 rows,
-                f"{norm} ball in pixel units [0, 1]; PGD with {self.steps} steps of 2.5 ε / steps, {self.restarts} random "
-                f"start{'s' if self.restarts > 1 else ''}; an image counts as broken at ε if an attack broke it at any size "
+                f"{norm} ball in pixel units [0, 1]{budget}; an image counts as broken at ε if an attack broke it at any size "
                 "up to ε, or if it is misclassified as it is. 95 % Clopper-Pearson intervals over images.",
             )
         }
@@ -340,7 +275,7 @@ class AttackCurve(study.Study):
         """Worst-case robust accuracy at the threat's epsilon, on the images that both were attacked on."""
         left, right = study.pair(first, second)
         same = all(first.summary[key] == second.summary[key] for key in ("norm", "epsilon"))
-        if not len(left) or not same:
+        if not len(left) or not same or first.summary["curves"].keys() != second.summary["curves"].keys():
             return []
         robust = []
         for finding, rows in ((first, left), (second, right)):
@@ -361,18 +296,16 @@ class AttackCurve(study.Study):
             "epsilon": summary["epsilon"],
             "epsilons": summary["epsilons"],
             "attacks": {
-                name: {"steps": 1 if name == "fgsm" else self.steps, "restarts": self.restarts} for name in self.attacks
+                entry.text: {
+                    "kind": "bounded" if entry.is_bounded else "minimal",
+                    "evaluations": entry.build(summary["norm"], summary["epsilon"], **self._defaults()).evaluations,
+                }
+                for entry in self.entries
             },
             "subset": "the first images in the order of the data set, misclassified ones included",
             "guards": summary["guards"],
             "passes": summary["passes"],
         }
-
-
-def _fewer(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether `first` succeeds on fewer images than `second`, beyond chance."""
-    test = statistics.mcnemar(second, first)
-    return test.statistic < 0 and test.p_value < _FIRED
 
 
 def _at(summary: Mapping[str, Any], attack: str) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_vit import errors, mesh, programs
+from robust_vit import attacks, errors, mesh, programs
 from robust_vit.metrics import calibration
 from robust_vit.studies import study
 
@@ -51,6 +51,29 @@ def logits(subject: study.Subject, batch: Mapping[str, np.ndarray]) -> tuple[np.
             "labels are class indices from 0; check the data or the model's number of classes."
         )
     return values, real
+
+
+def examples(subject: study.Subject, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Images, labels and the attack keys of a batch on the subject's devices, padding included.
+
+    Padding repeats the first real row rather than whatever the stream pads with, so that an attack sees real pixels.
+    """
+    mask = np.asarray(batch["mask"], bool)
+    chosen = np.where(mask, np.arange(len(mask)), np.flatnonzero(mask)[0])
+    rows = np.asarray(batch["row"])[chosen].astype(np.uint32)
+    placed = subject.put((batch["image"][chosen], np.asarray(batch["label"])[chosen].astype(np.int32), rows))
+    return *placed[:2], attacks.example_keys(subject.seed, placed[2])
+
+
+def not_differentiable(subject: study.Subject) -> str | None:
+    """Why JAX cannot differentiate the model in its pixels; None where it can. From shapes alone."""
+    try:
+        jax.eval_shape(jax.grad(lambda x, model: model(x).sum()), images(subject, 1), subject.classifier)
+    except errors.UserError:
+        raise
+    except Exception as error:
+        return f"the model cannot be differentiated by JAX ({str(error).splitlines()[0][:120]})"
+    return None
 
 
 def images(subject: study.Subject, batch: int) -> jax.ShapeDtypeStruct:

@@ -35,13 +35,65 @@ class Row:
 
 
 ROWS = {
-    "fgsm": Row("bounded", ("linf", "l2"), exact=("linf",)),
+    "fgsm": Row("bounded", ("linf", "l2", "l1"), exact=("linf",)),
+    "bim": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
+    "mi_fgsm": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
     "pgd": Row(
         "bounded",
-        ("linf", "l2"),
-        exact=("linf", "l2"),
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
         options={"steps": 5},
-        sharp={"steps": 30, "relative_step": 0.25},
+        sharp={"steps": 40, "relative_step": 0.5, "schedule": "cosine"},
         restarts=True,
     ),
+    "deep_fool": Row(
+        "minimal",
+        ("l2", "linf"),
+        exact=("l2", "linf"),
+        goals=("untargeted",),
+        options={"candidates": 4},
+        sharp={"overshoot": 0.005},
+    ),
+    "ddn": Row("minimal", ("l2",), exact=("l2",), options={"steps": 30}, sharp={"steps": 300}),
+    "fmn": Row(
+        "minimal",
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
+        options={"steps": 30},
+        sharp={"steps": 300},
+    ),
+    "carlini_wagner": Row(
+        "minimal",
+        ("l2",),
+        exact=("l2",),
+        options={"steps": 40, "rounds": 4, "start_weight": 0.1, "learning_rate": 0.05},
+        sharp={"steps": 300, "rounds": 6},
+    ),
+    "fab": Row(
+        "minimal",
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
+        options={"steps": 10, "candidates": 4},
+        sharp={"steps": 30},
+        restarts=True,
+        classes=(2, 4),
+    ),
+    "fab_t": Row(
+        "minimal",
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
+        goals=("untargeted",),
+        options={"steps": 10},
+        sharp={"steps": 30},
+        restarts=True,
+        classes=(2, 4),
+    ),
+    "square": Row(
+        "bounded", ("linf", "l2"), exact=("linf",), options={"queries": 60}, sharp={"queries": 400}, restarts=True
+    ),
+    "hop_skip_jump": Row(
+        "minimal", ("linf", "l2"), exact=(), options={"rounds": 3, "probes": 20, "narrowings": 3, "together": 5}
+    ),
+    "nes": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
+    "spsa": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
 }

@@ -1,4 +1,4 @@
-"""How far an affine model's decision boundary is from an image inside [0, 1]: exact for the norms L1, L2 and L-infinity."""
+"""Geometry in [0, 1], exact for the norms L1, L2 and L-infinity: distances to an affine boundary, nearest points of balls."""
 
 from __future__ import annotations
 
@@ -29,11 +29,34 @@ def distance(norm: str, weights: np.ndarray, gap: float, image: np.ndarray) -> f
         before = gained[last - 1] if last else 0.0
         return float(room[order][:last].sum() + (gap - before) / size[order][last])
     move = {"linf": lambda t: np.minimum(t, room), "l2": lambda t: np.minimum(t * size, room)}[norm]
-    end = 1.0 if norm == "linf" else float((room / np.maximum(size, 1e-300)).max())
+    end = 1.0 if norm == "linf" else float((room[size > 0] / size[size > 0]).max())
     root = (
         scipy.optimize.brentq(lambda t: size @ move(t) - gap, 0.0, end, xtol=1e-14) if size @ move(end) > gap else end
     )
     return float(root if norm == "linf" else np.linalg.norm(move(root)))
+
+
+def nearest(norm: str, image: np.ndarray, clean: np.ndarray, radius: float) -> np.ndarray:
+    """The point of the ball around `clean` and of [0, 1] that is nearest to `image`.
+
+    All differences shrink by one rule, whose strength is a root in one dimension, as far as the box lets them.
+    """
+    difference = (image - clean).ravel()
+    room = np.where(difference > 0, 1.0 - clean.ravel(), clean.ravel())
+    size = np.abs(difference)
+    shrink, measure = {
+        "linf": (lambda t: np.minimum(size, max(size.max() - t, 0.0)), np.max),
+        "l2": (lambda t: size / (1 + t), np.linalg.norm),
+        "l1": (lambda t: np.maximum(size - t, 0.0), np.sum),
+    }[norm]
+
+    def excess(strength):
+        return measure(np.minimum(shrink(strength), room)) - radius
+
+    strength = 0.0
+    if excess(0.0) > 1e-12:
+        strength = scipy.optimize.brentq(excess, 0.0, 1e9, xtol=1e-15, rtol=1e-15, maxiter=500)
+    return clean + (np.sign(difference) * np.minimum(shrink(strength), room)).reshape(clean.shape)
 
 
 def affine(variables, images):

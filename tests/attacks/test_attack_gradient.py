@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import closed_forms
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -142,12 +143,7 @@ def _numpy_pgd(model, images, starts, labels, *, norm, epsilon, step, steps):
                 break
             direction = np.sign(gradient) if norm == "linf" else gradient / np.linalg.norm(gradient)
             x = x + step * direction
-            if norm == "linf":
-                x = np.minimum(np.maximum(x, image - epsilon), image + epsilon)
-            else:
-                length = np.linalg.norm(x - image)
-                x = image + (x - image) * min(1.0, epsilon / length)
-            x = np.minimum(np.maximum(x, 0.0), 1.0)
+            x = closed_forms.nearest(norm, x, image, epsilon)
         found.append(x)
     return np.stack(found)
 

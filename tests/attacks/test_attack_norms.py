@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import closed_forms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from robust_vit.attacks import norms
 ROWS = {
     "linf": (lambda v: np.abs(v).max(), lambda v: np.abs(v).sum()),
     "l2": (np.linalg.norm, np.linalg.norm),
+    "l1": (lambda v: np.abs(v).sum(), lambda v: np.abs(v).max()),
 }
 
 
@@ -80,6 +82,51 @@ def test_projection_is_the_nearest_point_of_the_ball(name):
     products = np.sum(np.asarray(outside - projected) * (inside - np.asarray(projected)), axis=(1, 2, 3))
     assert float(products.max()) <= 1e-6
     assert float(products.min()) < -1e-3
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("radius", [1e-3, 0.1, 1.0, 3.0])
+@pytest.mark.parametrize("spread", [0, 8, 40])
+def test_projection_is_the_nearest_point_of_ball_and_box(name, radius, spread):
+    """With pixels on the box and differences of very different size, in float64 to rounding."""
+    rng = np.random.default_rng(5)
+    shape = (5, 4, 4, 3)
+    clean = rng.uniform(size=shape)
+    clean = np.where(rng.uniform(size=shape) < 0.4, np.round(clean), clean)
+    images = clean + rng.normal(size=shape) * rng.uniform(size=shape) ** spread
+    expected = [closed_forms.nearest(name, image, centre, radius) for image, centre in zip(images, clean, strict=True)]
+    with jax.enable_x64(True):
+        found = norms.NORMS[name].project(jnp.asarray(images), jnp.asarray(clean), jnp.float64(radius))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
+    found = norms.NORMS[name].project(jnp.float32(images), jnp.float32(clean), jnp.float32(radius))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_climbing_has_norm_one_and_gains(name, images):
+    gradients = images - 0.5
+    directions = norms.NORMS[name].climb(gradients, images)
+    for gradient, direction in zip(gradients, directions, strict=True):
+        gradient, direction = (np.asarray(a, np.float64).ravel() for a in (gradient, direction))
+        np.testing.assert_allclose(ROWS[name][0](direction), 1.0, rtol=1e-6)
+        assert gradient @ direction > 0
+    np.testing.assert_array_equal(norms.NORMS[name].climb(jnp.zeros_like(images), images), 0.0)
+
+
+def test_sparse_steps_take_the_largest():
+    gradients = jnp.asarray([[9.0, -8.0, 7.0, -6.0, 5.0, 4.0, -3.0, 2.0, 1.0, 0.0]]).reshape(1, 5, 2, 1)
+    found = {kept: norms.sparse(gradients, jnp.asarray([kept])).ravel().tolist() for kept in (0.01, 0.2, 0.5)}
+    assert found[0.01] == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert found[0.2] == [0.5, -0.5, 0, 0, 0, 0, 0, 0, 0, 0]
+    np.testing.assert_allclose(found[0.5], [0.2, -0.2, 0.2, -0.2, 0.2, 0, 0, 0, 0, 0], rtol=1e-6)
+
+
+def test_climbing_in_l1_passes_over_values_at_their_bound():
+    gradients = jnp.asarray([[9.0, -8.0, 7.0, -6.0]]).reshape(1, 2, 2, 1)
+    images = jnp.full_like(gradients, 0.5).at[0, 0, 0, 0].set(1.0).at[0, 0, 1, 0].set(0.0)
+    assert norms.L1.climb(gradients, images).ravel().tolist() == [0, 0, 1, 0]
+    # Turned round, they can move.
+    assert norms.L1.climb(-gradients, images).ravel().tolist() == [-1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -8,13 +8,14 @@ from robust_vit import attacks, errors
 from robust_vit.attacks import norms
 
 ROWS = {
-    "mnist/linf-0.3": ("linf", 0.3),
-    "fashion_mnist/linf-0.1": ("linf", 0.1),
-    "cifar10/linf-8": ("linf", 8 / 255),
-    "cifar10/l2-0.5": ("l2", 0.5),
-    "cifar100/linf-8": ("linf", 8 / 255),
-    "imagenet/linf-4": ("linf", 4 / 255),
-    "imagenet/l2-3.0": ("l2", 3.0),
+    "mnist/linf-0.3": ("linf", 0.3, 10_000),
+    "fashion_mnist/linf-0.1": ("linf", 0.1, 10_000),
+    "cifar10/linf-8": ("linf", 8 / 255, 10_000),
+    "cifar10/l2-0.5": ("l2", 0.5, 10_000),
+    "cifar10/l1-12.0": ("l1", 12.0, 1_000),
+    "cifar100/linf-8": ("linf", 8 / 255, 10_000),
+    "imagenet/linf-4": ("linf", 4 / 255, 5_000),
+    "imagenet/l2-3.0": ("l2", 3.0, 5_000),
 }
 
 
@@ -25,7 +26,7 @@ def test_every_threat_model_has_a_row():
 @pytest.mark.parametrize("name", ROWS)
 def test_registered_names_mean_what_the_papers_mean(name):
     found = attacks.threat(name)
-    assert (found.norm.name, found.epsilon) == ROWS[name]
+    assert (found.norm.name, found.epsilon, found.examples) == ROWS[name]
     assert found.name == name
     assert found.source
 
@@ -37,6 +38,7 @@ def test_registered_names_mean_what_the_papers_mean(name):
         ("cifar10/linf-8/255", norms.LINF, 8 / 255, "cifar10/linf-8"),
         ("textured_shapes/linf-0.05", norms.LINF, 0.05, "textured_shapes/linf-0.05"),
         ("imagenet/l2-3", norms.L2, 3.0, "imagenet/l2-3.0"),
+        ("cifar10/l1-12", norms.L1, 12.0, "cifar10/l1-12.0"),
         ("cifar10/linf-0.5/255", norms.LINF, 0.5 / 255, None),
         ("cifar10/linf-1.0", norms.LINF, 1.0, "cifar10/linf-255"),
     ],
@@ -46,6 +48,7 @@ def test_any_size_can_be_named(name, norm, epsilon, canonical):
     assert found.norm is norm
     assert found.epsilon == pytest.approx(epsilon, rel=1e-12)
     assert found.name == (canonical or found.name)
+    assert found is attacks.THREATS.get(found.name, found)
     again = attacks.threat(found.name)
     assert (again.norm, again.epsilon) == (found.norm, pytest.approx(found.epsilon, rel=1e-12))
 

@@ -15,10 +15,8 @@ product reach in bfloat16: see `accelerator.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import passes
+import torch_process
 
 from robust_vit import classifier, loops, models
 
@@ -45,29 +44,6 @@ HEADER = (
     "| model, batch | pass | ours, ms | ours in slices | torch | torch in slices | ratio | best to best | products alone, ms "
     "| GFLOP | compile, s |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
-
-
-class Torch:
-    """The other process, that answers one request at a time."""
-
-    def __init__(self, python: str):
-        script = str(pathlib.Path(__file__).with_name("peers.py"))
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen([python, script], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-
-    def ask(self, **request) -> dict:
-        """The answer; exits with the request where there is none."""
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"the torch process ended at {request}: has its Python torch and transformers (--peer_python)?")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
 
 
 class Ours:
@@ -102,7 +78,7 @@ class Ours:
 
 
 def compare(
-    rows: dict, chosen: list[str], torch: Torch, *, rounds: int, calls: int, resnet_weights: str | None
+    rows: dict, chosen: list[str], torch: torch_process.Torch, *, rounds: int, calls: int, resnet_weights: str | None
 ) -> None:
     """Prints a line for each pass of each row."""
     for label, row in rows.items():
@@ -198,7 +174,7 @@ def main() -> None:
     rows = TINY_ROWS if flags.tiny else ROWS
     if flags.rows:
         rows = {label: rows[label] for label in flags.rows.split(",")}
-    torch = Torch(flags.peer_python)
+    torch = torch_process.Torch(flags.peer_python, "peers.py")
     version = torch.ask(do="version")
     print(f"{_processor()}; jax {jax.__version__}, torch {version['torch']} ({version['threads']} threads)")
     print("Milliseconds: least / median." + f"\n\n{HEADER}", flush=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import linear, make_stream, make_subject
 
-from robust_vit import classifier, data, errors, studies
+from robust_vit import attacks, classifier, data, errors, studies
 
 TRACES = []
 
@@ -149,7 +149,13 @@ def test_when_it_does_not_apply(subject):
     ("options", "words"),
     [
         ({"attacks": ("pdg",)}, "did you mean 'pgd'"),
-        ({"attacks": ()}, "attacks is empty"),
+        ({"attacks": ()}, "name some of"),
+        ({"attacks": ("fgsm", "fgsm")}, "each of them once"),
+        ({"attacks": "pgd"}, "as a tuple"),
+        ({"attacks": ("pgd(stesp=3)",)}, "did you mean 'steps'"),
+        ({"attacks": ("pgd(3)",)}, "name its options"),
+        ({"attacks": ("pgd(epsilon=0.1)",)}, "epsilon is a setting of the study"),
+        ({"attacks": ("pgd(steps=3",)}, "not understood"),
         ({"multiples": (1.0, 0.5)}, "rising order"),
         ({"epsilons": (0.0, 0.1)}, "positive"),
         ({"epsilons": ("8/256x",)}, "write 0.03 or '8/255'"),
@@ -159,6 +165,72 @@ def test_when_it_does_not_apply(subject):
 def test_wrong_settings_are_told_before_anything_runs(options, words):
     with pytest.raises(errors.UserError, match=words):
         studies.build("attack_curve", **options)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    monkeypatch.setitem(attacks.ATTACKS, "nearest", "toy_attacks:nearest")
+    monkeypatch.setitem(attacks.ATTACKS, "sizeless", "toy_attacks:sizeless")
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_one_run_of_a_minimal_attack_gives_the_whole_curve(norm):
+    subject, *distances = make_two_class()
+    distance = distances[0 if norm == "linf" else 1]
+    sizes = tuple(np.quantile(distance, (0.2, 0.5, 0.8)).tolist())
+    study = studies.build(
+        "attack_curve", attacks=("fgsm", "nearest"), epsilons=sizes, norm=norm, batch=32, examples=None, exhibits=4
+    )
+    subject = dataclasses.replace(subject, threat=None)
+    records = study.run(subject).records
+    np.testing.assert_allclose(records["distance/nearest"][:, 0], distance, rtol=2e-3, atol=2e-5)
+    for column, size in enumerate(sizes):
+        clear = np.abs(distance / size - 1) > 2e-3
+        np.testing.assert_array_equal(records["success/nearest"][clear, column], (distance < size)[clear])
+    assert records["success/nearest"][:, -1].all()
+    # What is shown at the middle epsilon is what lies within it, and the clean image where the boundary is further away.
+    shown = np.abs(records["exhibit/adversarial"] - records["exhibit/image"]).max(axis=(1, 2, 3))
+    np.testing.assert_array_equal(shown > 0, distance[:4] <= sizes[1])
+    assert (records["exhibit/prediction"] == records["label"][:4]).tolist() == (shown == 0).tolist()
+    # One run of four evaluations and one judgement a chunk, against FGSM's four runs.
+    assert study.passes(subject) == (96 * (4 * 2 + 5 + 1) + 32, 96 * (4 + 4))
+
+
+@pytest.mark.usefixtures("toys")
+def test_an_attack_without_a_size_has_no_curve():
+    subject, *_ = make_two_class()
+    with pytest.raises(errors.UserError, match="no epsilon and no distance"):
+        studies.build("attack_curve", attacks=("sizeless",)).applicable(subject)
+
+
+def test_one_attack_twice_with_other_options():
+    subject, *_ = make_two_class()
+    names = ("pgd(steps=2, loss='margin')", "pgd(random_start=False, step_size=2/255)")
+    study = studies.build("attack_curve", attacks=names, steps=5, batch=32, examples=32, multiples=(1.0,))
+    first, second = (attack for _, attack, _ in study._built(subject))
+    assert (first.steps, first.loss.__name__, second.steps, second.random_start) == (2, "margin", 5, False)
+    # A step in pixels is the same at every epsilon of the curve.
+    assert second.epsilon * second.relative_step == pytest.approx(2 / 255)
+    finding = study.run(subject)
+    assert set(finding.summary["curves"]) == {*names, "worst case"}
+    assert study.card(finding)["attacks"][names[0]] == {"kind": "bounded", "evaluations": 3}
+    assert "order" not in finding.summary["guards"]
+    other = studies.build("attack_curve", attacks=("fgsm",), batch=32, examples=32, multiples=(1.0,))
+    assert other.compare(finding, other.run(subject)) == []
+
+
+def test_a_curve_that_rises_slowly_is_told():
+    """No two neighbours differ beyond chance, the ends do."""
+    study = studies.build("attack_curve", attacks=("fgsm",), batch=32, examples=None, unbounded=False)
+    records = dict(study.run(make_two_class()[0]).records)
+    success = np.zeros((96, 5), bool)
+    for column in range(5):
+        success[: 40 - 4 * column, column] = True
+    records["success/fgsm"] = success
+    assert study.summarise(records)["guards"]["monotone/fgsm"]["fired"]
+    records["success/fgsm"] = success[:, ::-1]
+    assert not study.summarise(records)["guards"]["monotone/fgsm"]["fired"]
 
 
 def test_fractions_are_read():

@@ -14,7 +14,9 @@ from robust_vit import errors, files, plots, studies
 SETTINGS = {
     "accuracy": {"batch": 64},
     "attack_curve": {"batch": 64, "examples": 100, "multiples": (0.5, 1.0), "steps": 3, "exhibits": 2},
+    "boundary_travel": {"batch": 64, "examples": 100, "stride": 0.02, "jump": 0.1, "exhibits": 2},
     "calibration": {"batch": 64, "draws": 50},
+    "certificate": {"batch": 32, "examples": 60, "estimation": 100, "selection": 20, "radii": (0.2, 0.5), "steps": 2},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
 }
 

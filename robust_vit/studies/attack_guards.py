@@ -1,0 +1,104 @@
+"""Signs that an attack was too weak or a gradient masked, read off the records of a study of robust accuracy."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from robust_vit.metrics import statistics
+from robust_vit.studies import attack_entries
+
+_FIRED = 0.01  # A guard that compares two accuracies fires below this p-value.
+
+
+def check(
+    records: Mapping[str, np.ndarray],
+    entries: Sequence[attack_entries.Entry],
+    sizes: np.ndarray,
+    *,
+    unbounded: bool,
+) -> dict[str, dict[str, Any]]:
+    """Every guard by name: whether it fired, and what that means in a sentence.
+
+    Args:
+      records: with the columns of `attack_entries.columns` as `success/<attack>` and so on.
+      entries: the attacks.
+      sizes: the epsilons of the first columns.
+      unbounded: whether one more column is of attacks without a bound.
+    """
+    guards: dict[str, dict[str, Any]] = {}
+
+    def guard(name: str, fired: bool, detail: str) -> None:
+        guards[name] = {"fired": bool(fired), "detail": detail}
+
+    success = {entry.text: records[f"success/{entry.text}"] for entry in entries}
+    for entry in entries:
+        raw = success[entry.text]
+        falls = [
+            pair for pair in itertools.combinations(range(len(sizes)), 2) if _fewer(raw[:, pair[1]], raw[:, pair[0]])
+        ]
+        guard(
+            f"monotone/{entry.text}",
+            bool(falls),
+            f"{entry.label} breaks fewer images at epsilon {sizes[falls[0][1]]:.4g} than at {sizes[falls[0][0]]:.4g}: the "
+            "gradient misleads it there (masking, or steps too long); read the envelope, and attack by other means."
+            if falls
+            else f"the raw accuracy under {entry.label} does not rise with epsilon",
+        )
+    weaker = list(_weaker_than_one_step(records, entries, success, len(sizes)))
+    if any(entry.name == "fgsm" for entry in entries) and len(entries) > 1:
+        guard(
+            "order",
+            bool(weaker),
+            f"{weaker[0][0]} breaks fewer images than one step of FGSM at epsilon {sizes[weaker[0][1]]:.4g}: it has too few "
+            "steps, or the gradient is masked."
+            if weaker
+            else "no attack by gradients breaks fewer images than one step of FGSM",
+        )
+    correct = records["correct"]
+    for entry in entries:
+        gone = records[f"vanished/{entry.text}"][correct] > 0
+        share = float(gone.any(axis=1).mean()) if correct.any() else 0.0
+        guard(
+            f"gradient/{entry.text}",
+            share > 0.01,
+            f"{share:.1%} of the images that the model gets right met a gradient that is zero or not finite under "
+            f"{entry.label}: a saturated softmax or masking; try loss='margin'.",
+        )
+        outside = ~records[f"inside/{entry.text}"]
+        guard(
+            f"ball/{entry.text}", outside.any(), f"{entry.label} returned {int(outside.sum())} images outside its ball."
+        )
+    if unbounded:
+        left = float(1.0 - np.logical_or.reduce(list(success.values()))[:, -1].mean())
+        guard(
+            "unbounded",
+            left > 0.05,
+            f"Without any bound the attacks leave {left:.1%} of the images right, where they should leave none: they "
+            "are too weak for this model, so its robustness is overstated.",
+        )
+    guard(
+        "deterministic",
+        not records["exhibit/deterministic"][0],
+        "Two forward passes of the same images differ: a randomised model needs attacks that average over its draws.",
+    )
+    return guards
+
+
+def _weaker_than_one_step(records, entries, success, count):
+    """Label and column of each attack by gradients that breaks fewer images than FGSM at a size."""
+    steps = [entry for entry in entries if entry.name == "fgsm"]
+    others = [entry for entry in entries if entry.name != "fgsm" and records[f"backward_passes/{entry.text}"].any()]
+    for one, other in itertools.product(steps, others):
+        for column in range(count):
+            if _fewer(success[other.text][:, column], success[one.text][:, column]):
+                yield other.label, column
+
+
+def _fewer(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether `first` succeeds on fewer images than `second`, beyond chance."""
+    test = statistics.mcnemar(second, first)
+    return test.statistic < 0 and test.p_value < _FIRED

@@ -1,0 +1,216 @@
+"""Attacks against foolbox and torchattacks on the same weights and images, interleaved in one run: seconds and robust accuracy.
+
+    python tests/benchmarks/attacks.py pgd --peer_python=PYTHON          PGD-40: all steps, and leaving at the first success
+    python tests/benchmarks/attacks.py decisions --peer_python=PYTHON    PGD-40 on all 1,017 images at four radii
+    python tests/benchmarks/attacks.py auto_attack --peer_python=PYTHON  AutoAttack standard on the 128 images with row < 128
+    python tests/benchmarks/attacks.py step                              one PGD step against one compiled input gradient
+
+Weights and images are those of the data folder (`ROBUST_VIT_DATA` or `--data`): ResNet-20 and a ViT on exact CIFAR-10. The peer's
+Python needs torch, torchattacks, foolbox and `transformers`. Results: tests/benchmarks/results/attacks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import real_models
+import torch_process
+
+from robust_vit import attacks, command_line, losses
+from robust_vit.attacks import skeleton
+
+STEPS = 40
+MODELS = {
+    "resnet20": (real_models.resnet20, "resnet20-12fca82f.npz"),
+    "vit": (real_models.vit, "smmk47_vit_cifar10.npz"),
+}
+# Images at a time, of us and of torch; each side the fastest of several that were tried.
+SLICES = {"resnet20": (16, 128), "vit": (16, 64)}
+# The radii at which PGD-40 leaves about half of the images right.
+HALF = {"resnet20": 0.5 / 255, "vit": 0.5 / 255}
+PEERS = ("foolbox", "torchattacks")
+
+
+def _attack(epsilon: float, *, early: bool, start: bool = True) -> attacks.Attack:
+    return attacks.build("pgd", epsilon=epsilon, steps=STEPS, random_start=start, stop_on_success=early)
+
+
+class Ours:
+    """A model with the images, and our attacks on them."""
+
+    def __init__(self, model: str, folder: str, examples: dict[str, np.ndarray]):
+        self.model = MODELS[model][0](folder)
+        self.examples = examples
+
+    def all_steps(self, epsilon: float, size: int) -> np.ndarray:
+        """PGD-40, slice by slice, no image left early; which are still right."""
+        attack = _attack(epsilon, early=False)
+        standing = []
+        for begin in range(0, len(self.examples["label"]), size):
+            part = {name: array[begin : begin + size] for name, array in self.examples.items()}
+            short = size - len(part["label"])
+            part = {name: np.concatenate([array, array[:1].repeat(short, 0)]) for name, array in part.items()}
+            keys = attacks.example_keys(0, part["row"])
+            found = attack(self.model, keys, part["image"], part["label"])
+            standing.append(~np.asarray(found.success)[: size - short])
+        return np.concatenate(standing)
+
+    def early(self, epsilon: float, slots: int) -> np.ndarray:
+        """PGD-40 with refilled slots; which are still right."""
+        return ~attacks.run(_attack(epsilon, early=True), self.model, self.examples, slots=slots).success
+
+    def auto_attack(self, epsilon: float, slots: int) -> attacks.SuiteResult:
+        """AutoAttack standard."""
+        return attacks.auto_attack(self.model, self.examples, epsilon=epsilon, slots=slots)
+
+
+def _timed(function, *arguments):
+    begin = time.perf_counter()
+    found = function(*arguments)
+    return time.perf_counter() - begin, found
+
+
+def pgd(model: str, ours: Ours, peer: torch_process.Torch, rounds: int) -> None:
+    """One line an epsilon: equal work, and early exit."""
+    size, theirs = SLICES[model]
+    count = len(ours.examples["label"])
+    epsilon = HALF[model]
+    seconds: dict[str, list[float]] = {"all": [], "early": [], **{name: [] for name in PEERS}}
+    left = {}
+    for number in range(rounds + 1):
+        for name in PEERS:
+            answer = peer.ask(do="pgd", library=name, epsilon=epsilon, size=theirs, count=count, start=True)
+            left[name] = np.mean(answer["standing"])
+            if number:
+                seconds[name].append(answer["seconds"])
+        for name, function in (("all", ours.all_steps), ("early", ours.early)):
+            took, standing = _timed(function, epsilon, size)
+            left[name] = standing.mean()
+            if number:  # The first round compiles, and warms torch up.
+                seconds[name].append(took)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    fastest = min(middle[name] for name in PEERS)
+    cells = [f"{middle[name]:.1f} ({left[name]:.1%})" for name in ("all", "early", *PEERS)]
+    ratios = [f"{middle[name] / fastest:.2f}" for name in ("all", "early")]
+    print(f"| {model} | {epsilon * 255:g}/255 | {count} | " + " | ".join([*cells, *ratios]) + " |", flush=True)
+
+
+def auto_attack(model: str, ours: Ours, peer: torch_process.Torch, epsilon: float) -> None:
+    """One line: AutoAttack standard of both."""
+    size, theirs = SLICES[model]
+    count = len(ours.examples["label"])
+    answer = peer.ask(do="auto_attack", epsilon=epsilon, size=theirs, count=count)
+    cold, found = _timed(ours.auto_attack, epsilon, size)
+    warm, again = _timed(ours.auto_attack, epsilon, size)
+    assert np.array_equal(found.success, again.success)
+    standing = np.asarray(answer["standing"])
+    differ = found.row[found.robust != standing].tolist()
+    print(
+        f"| {model} | {epsilon * 255:g}/255 | {count} | {warm:.1f} | {cold:.1f} | {answer['seconds']:.1f} | "
+        f"{warm / answer['seconds']:.2f} | {found.robust.sum()} | {standing.sum()} | {differ or 'none'} |",
+        flush=True,
+    )
+
+
+def decisions(model: str, ours: Ours, peer: torch_process.Torch) -> None:
+    """Images that PGD-40 leaves right, ours and the peers', on all images at four radii."""
+    size, theirs = SLICES[model]
+    count = len(ours.examples["label"])
+    for level in (0.125, 0.25, 0.5, 1.0):
+        standing = ours.all_steps(level / 255, size)
+        cells = []
+        for name in PEERS:
+            answer = peer.ask(do="pgd", library=name, epsilon=level / 255, size=theirs, count=count, start=True)
+            cells += [f"{np.sum(answer['standing'])} ({np.sum(standing != np.asarray(answer['standing']))} differ)"]
+        print(f"| {model} | {level:g}/255 | {standing.sum()} | " + " | ".join(cells) + " |", flush=True)
+
+
+def step(model: str, ours: Ours) -> None:
+    """A PGD step beside the compiled input gradient of the same batch, turn by turn."""
+    size = SLICES[model][0]
+    part = {name: array[:size] for name, array in ours.examples.items()}
+    attack = _attack(1 / 255, early=True)
+    state = skeleton.start(attack, attacks.example_keys(0, part["row"]), part["image"], part["label"])
+    advance = jax.jit(skeleton.advance)
+
+    @jax.jit
+    def gradient(network, images, labels):
+        return jax.grad(lambda pixels: losses.cross_entropy(network(pixels), labels).sum())(images)
+
+    calls = {
+        "step": lambda: advance(state, 0, attack, ours.model),
+        "gradient": lambda: gradient(ours.model, state.clean, state.labels),
+    }
+    best = {name: np.inf for name in calls}
+    for _ in range(40):
+        for name, call in calls.items():
+            took, _ = _timed(lambda call=call: jax.block_until_ready(call()))
+            best[name] = min(best[name], took)
+    print(
+        f"| {model} | {size} | {1e3 * best['step']:.2f} | {1e3 * best['gradient']:.2f} | {best['step'] / best['gradient']:.3f} |"
+    )
+
+
+COLUMNS = {
+    "pgd": "model, ε, images, all steps: s (left), early exit, foolbox, torchattacks, all / best peer, early / best peer",
+    "auto_attack": "model, ε, images, ours: s, with compilation, torchattacks: s, ratio, left by ours, theirs, rows that differ",
+    "decisions": "model, ε, ours, foolbox, torchattacks",
+    "step": "model, images, step: ms, input gradient: ms, ratio",
+}
+
+
+def main() -> None:
+    """Prints one Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=COLUMNS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--rows", type=int, help="images with a smaller row")
+    parser.add_argument(
+        "--levels", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="radii of AutoAttack in 255ths"
+    )
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--peer_python", default=sys.executable, help="a Python that has torch, foolbox and torchattacks"
+    )
+    parser.add_argument("--data", default=os.environ.get("ROBUST_VIT_DATA", "../shared/data"))
+    flags = parser.parse_args()
+    command_line.configure_jax()
+    examples = real_models.images(flags.data, rows=flags.rows or (128 if flags.table == "auto_attack" else 1017))
+    peer = None
+    with tempfile.TemporaryDirectory() as folder:
+        if flags.table != "step":
+            for name in ("image", "label"):
+                np.save(f"{folder}/{name}.npy", examples[name])
+            peer = torch_process.Torch(flags.peer_python, "attack_peers.py")
+            print(f"<!-- JAX {jax.__version__}; {peer.ask(do='version')} -->")
+        columns = COLUMNS[flags.table].split(", ")
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+        for model in flags.models:
+            ours = Ours(model, flags.data, examples)
+            if peer is not None:
+                weights = str(pathlib.Path(flags.data).resolve() / "weights" / MODELS[model][1])
+                arrays = {"images": f"{folder}/image.npy", "labels": f"{folder}/label.npy"}
+                peer.ask(do="build", model=model, weights=weights, **arrays)
+            if flags.table == "pgd":
+                pgd(model, ours, peer, flags.rounds)
+            elif flags.table == "auto_attack":
+                for level in flags.levels:
+                    auto_attack(model, ours, peer, level / 255)
+            elif flags.table == "decisions":
+                decisions(model, ours, peer)
+            else:
+                step(model, ours)
+    if peer is not None:
+        peer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Trained models and exact CIFAR-10 images of the data folder, for benchmarks and parity."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_vit import classifier, data, models
+
+HEADS = 8
+
+
+def images(folder: pathlib.Path | str, *, rows: int) -> dict[str, np.ndarray]:
+    """The exact CIFAR-10 test images with `row < rows` as canonical pixels: `image`, `label`, `row`."""
+    source = data.open_source("cifar10_exact", split="test", data_dir=pathlib.Path(folder) / "tfds")
+    examples = [source[index] for index in range(len(source))]
+    found = {
+        "image": np.stack([example["image"] for example in examples]).astype(np.float32) / 255,
+        "label": np.asarray([example["label"] for example in examples], np.int32),
+        "row": np.asarray([example["row"] for example in examples], np.int32),
+    }
+    return {name: array[found["row"] < rows] for name, array in found.items()}
+
+
+def resnet20(folder: pathlib.Path | str) -> classifier.Classifier:
+    """The ResNet-20 of Y. Idelbayev, 91.64 % on the 1,017 exact test images."""
+    spec = classifier.ImageSpec(size=(32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    module = models.build("resnet", num_classes=10, depth=20)
+    fresh = jax.eval_shape(lambda key: models.init(module, spec, key), jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh)
+    path = pathlib.Path(folder) / "weights" / "resnet20-12fca82f.npz"
+    return classifier.Classifier(models.load_weights(path, zeros), module, spec)
+
+
+def vit(folder: pathlib.Path | str) -> classifier.Wrapped:
+    """The post-norm ViT of smmk47 (patch 4, width 128, depth 6), 70.89 % on the 1,017 exact test images."""
+    arrays = np.load(pathlib.Path(folder) / "weights" / "smmk47_vit_cifar10.npz")
+    weights = {name: jnp.asarray(arrays[name]) for name in arrays.files}
+    # Matrices as `x @ kernel` takes them.
+    weights = {name: value.T if value.ndim == 2 else value for name, value in weights.items()}
+    return classifier.wrap(_vit, weights)
+
+
+def _vit(weights, pixels):
+    mean, std = jnp.asarray([0.4914, 0.4822, 0.4465]), jnp.asarray([0.2023, 0.1994, 0.2010])
+    pixels = (pixels - mean[None, None, None]) / std[None, None, None]
+    count, side = pixels.shape[0], pixels.shape[1] // 4
+    patches = pixels.reshape(count, side, 4, side, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(count, side * side, 48)
+    kernel = weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0).reshape(48, -1)
+    tokens = patches @ kernel + weights["patch_embed.proj.bias"][None, None]
+    width = tokens.shape[-1]
+    tokens = jnp.concatenate([jnp.broadcast_to(weights["cls_token"], (count, 1, width)), tokens], axis=1)
+    tokens = tokens + weights["pos_embed"]
+    for layer in range(6):
+        name = f"transformer.layers.{layer}."
+        mixed = _attention(tokens, weights, name + "self_attn.")
+        tokens = _layer_norm(tokens + mixed, weights, name + "norm1.")
+        hidden = jax.nn.relu(_dense(tokens, weights, name + "linear1."))
+        tokens = _layer_norm(tokens + _dense(hidden, weights, name + "linear2."), weights, name + "norm2.")
+    found = _layer_norm(tokens[:, :1], weights, "mlp_head.0.")
+    return _dense(found, weights, "mlp_head.1.")[:, 0]
+
+
+def _dense(tokens, weights, name):
+    return tokens @ weights[name + "weight"] + weights[name + "bias"][None, None]
+
+
+def _layer_norm(tokens, weights, name):
+    centered = tokens - tokens.mean(axis=-1, keepdims=True)
+    scaled = centered * jax.lax.rsqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + 1e-5)
+    return scaled * weights[name + "weight"][None, None] + weights[name + "bias"][None, None]
+
+
+def _attention(tokens, weights, name):
+    count, length, width = tokens.shape
+    joined = tokens @ weights[name + "in_proj_weight"] + weights[name + "in_proj_bias"][None, None]
+    query, key, value = (
+        part.reshape(count, length, HEADS, -1).transpose(0, 2, 1, 3) for part in jnp.split(joined, 3, axis=-1)
+    )
+    scores = jax.nn.softmax(query @ key.swapaxes(-1, -2) / jnp.sqrt(width / HEADS), axis=-1)
+    mixed = (scores @ value).transpose(0, 2, 1, 3).reshape(count, length, width)
+    return _dense(mixed, weights, name + "out_proj.")
