@@ -18,9 +18,14 @@ from robust_vit.attacks import (
     guards,
     inputs,
     norms,
+    patch,
+    planting,
     runner,
     skeleton,
+    smoothing,
+    suites,
     threats,
+    universal,
 )
 
 ATTACKS = {
@@ -28,6 +33,11 @@ ATTACKS = {
     "bim": "robust_vit.attacks.gradient:bim",
     "mi_fgsm": "robust_vit.attacks.gradient:mi_fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "apgd": "robust_vit.attacks.apgd:apgd",
+    "apgd_ce": "robust_vit.attacks.apgd:apgd_ce",
+    "apgd_dlr": "robust_vit.attacks.apgd:apgd_dlr",
+    "apgd_t": "robust_vit.attacks.apgd:apgd_t",
+    "adam": "robust_vit.attacks.adam:adam",
     "deep_fool": "robust_vit.attacks.deep_fool:deep_fool",
     "ddn": "robust_vit.attacks.fast_minimum_norm:ddn",
     "fmn": "robust_vit.attacks.fast_minimum_norm:fmn",
@@ -38,6 +48,9 @@ ATTACKS = {
     "hop_skip_jump": "robust_vit.attacks.hop_skip_jump:hop_skip_jump",
     "nes": "robust_vit.attacks.estimation:nes",
     "spsa": "robust_vit.attacks.estimation:spsa",
+    "roto_translation": "robust_vit.attacks.spatial:roto_translation",
+    "patch_fool": "robust_vit.attacks.patch_fool:patch_fool",
+    "stickers": "robust_vit.attacks.stickers:stickers",
 }
 
 Attack = skeleton.Attack
@@ -46,16 +59,23 @@ Guard = guards.Guard
 NORMS = norms.NORMS
 Report = checks.Report
 RunResult = runner.RunResult
+SuiteResult = suites.SuiteResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
+auto_attack = suites.auto_attack
+certify = smoothing.certify
 check = checks.check
 check_inputs = inputs.check_inputs
 destruction_rate = channel.destruction_rate
 example_keys = runner.example_keys
 expectation = expectations.expectation
+fit_patch = patch.fit
+fit_universal = universal.fit
+planted = planting.planted
 print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run
+smooth = smoothing.smooth
 threat = threats.threat
 views = cameras.views
 

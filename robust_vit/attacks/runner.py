@@ -81,7 +81,7 @@ def run(
     *,
     slots: int,
     seed: int = 0,
-    stride: int = 5,
+    stride: int = 2,
     refill: bool = True,
     keep_images: bool = False,
     directory: pathlib.Path | str | None = None,
@@ -130,7 +130,7 @@ def run(
 
 
 def programs(
-    attack: skeleton.Attack, model: skeleton.Model, images: jax.ShapeDtypeStruct, *, examples: int, stride: int = 5
+    attack: skeleton.Attack, model: skeleton.Model, images: jax.ShapeDtypeStruct, *, examples: int, stride: int = 2
 ) -> list[compiled.Program]:
     """The compiled programs of `run` with how often each runs at most, for planning.
 

@@ -122,7 +122,7 @@ def test_a_broken_attack_trips_its_guard_on_a_healthy_model(attack, expected):
     report = _check({}, white_box={"pgd": attack, "fair": healthy})
     # A fair attack beside it shows that the model can be broken.
     assert set(report.fired) == expected - {"unbounded"}
-    assert set(_check({}, white_box={"pgd": attack}).fired) == expected
+    assert set(_check({}, white_box={"pgd": attack}, black_box={}).fired) == expected
 
 
 def test_what_lies_outside_the_ball_is_no_success():

@@ -29,7 +29,9 @@ def _case(seed, count=40):
 
 def _reach(norm, points, normals, gaps):
     with jax.enable_x64(True):
-        return np.asarray(hyperplanes.reach(norms.find(norm), jnp.asarray(points), jnp.asarray(normals), jnp.asarray(gaps)))
+        return np.asarray(
+            hyperplanes.reach(norms.find(norm), jnp.asarray(points), jnp.asarray(normals), jnp.asarray(gaps))
+        )
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -24,7 +24,7 @@ def halves(variables, images):
 def found():
     rng = np.random.default_rng(0)
     weights = rng.normal(size=25)
-    images = rng.uniform(0.3, 0.7, size=(48, 5, 5, 1)).astype(np.float32)
+    images = rng.uniform(0.1, 0.9, size=(48, 5, 5, 1)).astype(np.float32)
     weights -= weights.mean()
     margins = images.reshape(48, -1) @ weights / np.linalg.norm(weights)
     labels = (margins > 0).astype(np.int32)

@@ -17,7 +17,9 @@ from robust_vit.metrics import statistics
 
 PASSED = 0.95  # The share of planted examples that an attack which can be trusted finds (section 4 of the paper).
 INNER = 0.95  # Radius of the ball of the inner points, in units of epsilon.
-CLOSENESS = 0.999  # How near to the planted point the boundary lies, on the way from the inner point that comes nearest.
+CLOSENESS = (
+    0.999  # How near to the planted point the boundary lies, on the way from the inner point that comes nearest.
+)
 
 
 class Planted(flax.struct.PyTreeNode):
@@ -134,12 +136,13 @@ def planted(
     """
     radius, ball = arguments.ball(epsilon, norm, threat)
     arguments.positive(epsilon=radius)
-    _check(model, attack, ball, layer)
     images = np.asarray(images, np.float32)
+    _check(model, images, attack, ball, layer)
     inputs.check_values(model, images, np.zeros(len(images), np.int32))
     model = classifier.in_float32(model)
     classes = evaluation.count_classes(model, images.shape)
-    width = jax.eval_shape(_features, _Layer(model, layer), images[:1]).shape[-1]
+    seen = _Layer(model, layer)
+    width = jax.eval_shape(_features, seen, images[:1]).shape[-1]
     inner = min(999, max(1, width // 2)) if inner is None else inner
     points = attack.evaluations * attack.step_passes[0] if random_points is None else random_points
     arguments.counts(inner=inner, random_points=points, batch=batch)
@@ -151,7 +154,6 @@ def planted(
         places = [jax.random.fold_in(draw, number) for number in range(3)]
         near = _points(ball, places[0], image, INNER * radius, inner, False)
         far = _points(ball, places[1], image, radius, 1, True)
-        seen = _Layer(model, layer)
         known = np.concatenate([image[None], near, far])
         weights, bias = head(np.asarray(_in_batches(_features, seen, known, batch), np.float64))
         broken = Planted(model, jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32), layer, classes)
@@ -241,15 +243,20 @@ def _drawn(ball: norms.Norm, surface: bool, keys: jax.Array, clean: jax.Array, r
 _draw = jax.jit(_drawn, static_argnums=(0, 1))
 
 
-def _check(model: Any, attack: skeleton.Attack, ball: norms.Norm, layer: str) -> None:
+def _check(model: Any, images: np.ndarray, attack: skeleton.Attack, ball: norms.Norm, layer: str) -> None:
+    remedy = "give a Classifier, or a pytree with features(images) -> (logits, {'pre_logits': ...})"
     if not hasattr(model, "features"):
-        raise errors.UserError(
-            f"the model is a {type(model).__name__} without features: give a Classifier, or a pytree with "
-            "features(images) -> (logits, {'pre_logits': ...})."
-        )
+        raise errors.UserError(f"the model is a {type(model).__name__} without features: {remedy}.")
+    known = jax.eval_shape(lambda m, x: m.features(x)[1], model, jax.ShapeDtypeStruct(images.shape, jnp.float32))
+    if not known:
+        raise errors.UserError(f"the model names no features, and the head reads {layer!r}: {remedy}.")
+    if layer not in known:
+        raise errors.unknown("layer", layer, known)
     if attack.minimal or not hasattr(attack, "epsilon"):
         raise errors.UserError("the attack has no ball: give a bounded one, such as attacks.build('pgd', epsilon=...).")
     if attack.norm is not ball:
-        raise errors.UserError(f"the attack is in {attack.norm.name} and the threat in {ball.name}: give both in one norm.")
+        raise errors.UserError(
+            f"the attack is in {attack.norm.name} and the threat in {ball.name}: give both in one norm."
+        )
     if attack.goal is not skeleton.UNTARGETED:
         raise errors.UserError("the attack is targeted: the test asks for any other class; give an untargeted one.")
