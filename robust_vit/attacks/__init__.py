@@ -19,8 +19,10 @@ from robust_vit.attacks import (
     inputs,
     norms,
     patch,
+    planting,
     runner,
     skeleton,
+    smoothing,
     storage,
     suites,
     threats,
@@ -62,6 +64,7 @@ SuiteResult = suites.SuiteResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
 auto_attack = suites.auto_attack
+certify = smoothing.certify
 check = checks.check
 check_inputs = inputs.check_inputs
 destruction_rate = channel.destruction_rate
@@ -74,6 +77,11 @@ print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run
 save = storage.save
+planted = planting.planted
+print_photo = channel.print_photo
+programs = skeleton.programs
+run = runner.run
+smooth = smoothing.smooth
 threat = threats.threat
 views = cameras.views
 
