@@ -74,9 +74,11 @@ def widened(
       steps: how many the attack has taken before.
     """
     times, batch = images.shape[:2]
-    draws = steps.astype(jnp.uint32)[None] * times + jnp.arange(times, dtype=jnp.uint32)[:, None]
-    found = logits(model, images.reshape(-1, *images.shape[2:]), jnp.tile(keys, times), draws.reshape(-1))
-    return found.reshape(times, batch, -1)
+    # An example's images lie together, so that examples that are split over devices stay where they are.
+    images = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
+    draws = steps.astype(jnp.uint32)[:, None] * times + jnp.arange(times, dtype=jnp.uint32)[None]
+    found = logits(model, images, jnp.repeat(keys, times), draws.reshape(-1))
+    return found.reshape(batch, times, -1).swapaxes(0, 1)
 
 
 def ascent(

@@ -19,6 +19,7 @@ from robust_vit.studies.study import introduce as introduce
 STUDIES = {
     "accuracy": "robust_vit.studies.accuracy:Accuracy",
     "attack_curve": "robust_vit.studies.attack_curve:AttackCurve",
+    "auto_attack": "robust_vit.studies.auto_attack:AutoAttack",
     "boundary_travel": "robust_vit.studies.boundary_travel:BoundaryTravel",
     "calibration": "robust_vit.studies.calibration:Calibration",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",

@@ -113,7 +113,7 @@ def test_every_answer_of_a_stochastic_model_is_a_draw_of_its_own():
     assert found.shape == (5, 3, 2)
     assert len(np.unique(model.keys[0], axis=0)) == 15
     evaluation.widened(model, images[:, 2:], keys[2:], jnp.asarray([7]))
-    np.testing.assert_array_equal(model.keys[1], model.keys[0].reshape(5, 3, -1)[:, 2])
+    np.testing.assert_array_equal(model.keys[1], model.keys[0].reshape(3, 5, -1)[2])
 
 
 def test_mistakes_are_told():

@@ -12,6 +12,7 @@ from robust_vit import errors, evaluate, programs, settings, studies
 from robust_vit.report import results
 
 SMALL = {
+    "auto_attack": {"examples": 6, "together": 4, "batch": 2},
     "accuracy": {"batch": 64},
     "boundary_travel": {"batch": 16, "examples": 40, "stride": 0.05},
     "calibration": {"batch": 32, "draws": 20},

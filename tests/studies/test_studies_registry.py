@@ -14,6 +14,7 @@ from robust_vit import errors, files, plots, studies
 SETTINGS = {
     "accuracy": {"batch": 64},
     "attack_curve": {"batch": 64, "examples": 100, "multiples": (0.5, 1.0), "steps": 3, "exhibits": 2},
+    "auto_attack": {"examples": 12, "together": 8, "batch": 4},
     "boundary_travel": {"batch": 64, "examples": 100, "stride": 0.02, "jump": 0.1, "exhibits": 2},
     "calibration": {"batch": 64, "draws": 50},
     "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
