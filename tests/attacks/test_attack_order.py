@@ -37,7 +37,9 @@ def test_stronger_attacks_leave_less(subject):
             found = attacks.run(attack, subject.classifier, examples, slots=8)
             return np.asarray([1.0 - np.mean(found.success & (found.distance <= size)) for size in SIZES])
         sized = (attack.replace(epsilon=np.float32(size)) for size in SIZES)
-        return np.asarray([1.0 - attacks.run(one, subject.classifier, examples, slots=8).success.mean() for one in sized])
+        return np.asarray(
+            [1.0 - attacks.run(one, subject.classifier, examples, slots=8).success.mean() for one in sized]
+        )
 
     found = {
         "fgsm": left(attacks.build("fgsm", epsilon=0.01)),
