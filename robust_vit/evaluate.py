@@ -112,6 +112,7 @@ def evaluate_runs(
     Returns:
       run name -> label -> result.
     """
+    subjects = studies.introduce(subjects)
     found: dict[str, dict[str, results.Result | None]] = {name: {} for name in subjects}
     total, number = len(subjects) * len(asked), 0
     # Study by study, so that runs of equal shape follow each other while their program is warm.

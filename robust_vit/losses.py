@@ -70,7 +70,8 @@ def targeted_dlr(
 def _ratio(difference: jax.Array, spread: jax.Array, logits: jax.Array) -> jax.Array:
     """`difference / spread`; a spread of rounding size would give gradients that overflow, so it is not divided by."""
     scale = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
-    return difference / jnp.where(spread > jnp.finfo(logits.dtype).eps * scale, spread, 1.0)
+    least = jnp.maximum(jnp.finfo(logits.dtype).eps * scale, 1e-12)
+    return difference / jnp.where(spread > least, spread, 1.0)
 
 
 def _require_classes(name: str, logits: jax.Array, least: int) -> None:

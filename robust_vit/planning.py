@@ -106,8 +106,14 @@ def plan(setups: Mapping[str, runs.Setup], asked: Mapping[str, studies.Study]) -
 def collect(setups: Mapping[str, runs.Setup], asked: Mapping[str, studies.Study]) -> Iterable[Part]:
     """The parts of all runs with their programs, compiled; equal programs once."""
     known: dict[tuple, programs.Cost] = {}
+    subjects = {}
     for name, setup in setups.items():
-        subject = runs.subject(setup, setup.abstract_classifier(), name)
+        seeds = [f"{name}.seed{index}" for index in range(setup.replicas or 1)]
+        model = setup.abstract_classifier()
+        subjects |= {seed: runs.subject(setup, model, name) for seed in seeds}
+    subjects = studies.introduce(subjects)
+    for name, setup in setups.items():
+        subject = subjects[f"{name}.seed0"]
         parts = [*_training(setup, name), *(_study(setup, label, study, subject) for label, study in asked.items())]
         for part in parts:
             for program in part.programs:

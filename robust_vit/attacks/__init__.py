@@ -2,6 +2,7 @@
 
 `build(name, **options)` makes an attack, `attack(model, keys, images, labels)` runs it on a batch as a pure function, and
 `run(attack, model, examples, slots=...)` runs it over many examples, refilling the slot of an example that is finished.
+`check(model, images, labels, threat=...)` looks for signs that a model looks robust because it was attacked badly.
 """
 
 from __future__ import annotations
@@ -9,13 +10,35 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.attacks import expectations, norms, runner, skeleton, threats
+from robust_vit.attacks import (
+    cameras,
+    channel,
+    checks,
+    expectations,
+    guards,
+    inputs,
+    norms,
+    patch,
+    planting,
+    runner,
+    skeleton,
+    smoothing,
+    storage,
+    suites,
+    threats,
+    universal,
+)
 
 ATTACKS = {
     "fgsm": "robust_vit.attacks.gradient:fgsm",
     "bim": "robust_vit.attacks.gradient:bim",
     "mi_fgsm": "robust_vit.attacks.gradient:mi_fgsm",
     "pgd": "robust_vit.attacks.gradient:pgd",
+    "apgd": "robust_vit.attacks.apgd:apgd",
+    "apgd_ce": "robust_vit.attacks.apgd:apgd_ce",
+    "apgd_dlr": "robust_vit.attacks.apgd:apgd_dlr",
+    "apgd_t": "robust_vit.attacks.apgd:apgd_t",
+    "adam": "robust_vit.attacks.adam:adam",
     "deep_fool": "robust_vit.attacks.deep_fool:deep_fool",
     "ddn": "robust_vit.attacks.fast_minimum_norm:ddn",
     "fmn": "robust_vit.attacks.fast_minimum_norm:fmn",
@@ -27,19 +50,37 @@ ATTACKS = {
     "nes": "robust_vit.attacks.estimation:nes",
     "spsa": "robust_vit.attacks.estimation:spsa",
     "roto_translation": "robust_vit.attacks.spatial:roto_translation",
+    "patch_fool": "robust_vit.attacks.patch_fool:patch_fool",
+    "stickers": "robust_vit.attacks.stickers:stickers",
 }
 
 Attack = skeleton.Attack
 AttackResult = skeleton.AttackResult
+Guard = guards.Guard
 NORMS = norms.NORMS
+Report = checks.Report
 RunResult = runner.RunResult
+SuiteResult = suites.SuiteResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
+auto_attack = suites.auto_attack
+certify = smoothing.certify
+check = checks.check
+check_inputs = inputs.check_inputs
+destruction_rate = channel.destruction_rate
 example_keys = runner.example_keys
 expectation = expectations.expectation
+fit_patch = patch.fit
+fit_universal = universal.fit
+load = storage.load
+planted = planting.planted
+print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run
+save = storage.save
+smooth = smoothing.smooth
 threat = threats.threat
+views = cameras.views
 
 
 def build(name: str, **options: Any) -> skeleton.Attack:

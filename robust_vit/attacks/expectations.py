@@ -91,6 +91,11 @@ def expectation(model: Any, *, transform: Callable | None = None, samples: int =
             "an expectation got a model that does not draw and no transform: give transform=..., or wrap the model with "
             "stochastic=True."
         )
-    if transform is not None and jax.tree_util.all_leaves([transform]):
-        transform = _Named(transform)
-    return Expectation(model=model, transform=transform, draws=samples)
+    return Expectation(model=model, transform=as_pytree(transform), draws=samples)
+
+
+def as_pytree(transform: Callable | None) -> Any:
+    """A transform as an argument of compiled programs: a pytree as it is, a named function as one without leaves."""
+    if transform is None or not jax.tree_util.all_leaves([transform]):
+        return transform
+    return _Named(transform)

@@ -128,6 +128,8 @@ class FastAdaptiveBoundary(minimal.MinimalAttack, kw_only=True):
 
     def _start(self, state: State, run: jax.Array) -> jax.Array:
         """The clean image in the first run of a target; else at half the radius from it, in a random direction."""
+        if self.restarts == 1:
+            return state.clean
         shape, dtype = state.clean.shape[1:], state.clean.dtype
         keys = jax.vmap(jax.random.fold_in)(state.keys, run)
         if self.norm is norms.LINF:
@@ -205,7 +207,8 @@ def fab_t(
 def _build(name, epsilon, norm, threat, steps, restarts, bias, overshoot, retreat, **options) -> skeleton.Attack:
     epsilon, norm = minimal.ball(name, epsilon, norm, threat, ("linf", "l2", "l1"))
     arguments.counts(steps=steps, restarts=restarts)
-    arguments.positive(bias=bias, overshoot=overshoot, retreat=retreat)
+    arguments.shares(bias=bias, retreat=retreat)
+    arguments.positive(overshoot=overshoot)
     return FastAdaptiveBoundary(
         epsilon=epsilon,
         norm=norm,

@@ -99,10 +99,10 @@ class FastMinimumNorm(minimal.MinimalAttack, kw_only=True):
         recorded = self.record(state, state.images, achieved)
         dtype = state.radius.dtype
         change = _fall(state.count, self.steps, self.radius_change, _LAST_CHANGE, dtype)
-        # Before the first success the ball ends where the boundary would be if the model were affine.
+        # Before the first success the ball ends past the boundary of an affine model: on it, rounding would decide.
         ahead = jnp.abs(found.values).astype(dtype) / jnp.maximum(minimal.slope(self.norm, found.gradients), 1e-12)
         estimate = self.norm.measure(state.images - state.clean) + ahead
-        failed = jnp.where(state.success, state.radius * (1.0 + change), estimate)
+        failed = jnp.where(state.success, state.radius * (1.0 + change), estimate * (1.0 + _LAST_CHANGE))
         radius = jnp.where(achieved, jnp.minimum(state.radius * (1.0 - change), recorded.nearest), failed)
         radius = jnp.minimum(radius, _farthest(self.norm, state.clean))
         length = _fall(state.count, self.steps, self.step_size, _LAST_STEP * self.step_size, dtype)
@@ -141,7 +141,8 @@ def ddn(
     arguments.counts(steps=steps)
     if levels is not None:
         arguments.counts(least=2, levels=levels)
-    arguments.positive(start_radius=start_radius, radius_change=radius_change)
+    arguments.positive(start_radius=start_radius)
+    arguments.shares(radius_change=radius_change)
     return DecoupledDirection(
         epsilon=epsilon,
         norm=norm,
@@ -166,7 +167,8 @@ def fmn(
 ) -> skeleton.Attack:
     """The fast minimum-norm attack, L-infinity, L2 or L1 (Pintor et al. 2021, arXiv 2102.12827, algorithm 1).
 
-    A departure: the projection is the nearest point of ball and box at once, not of one after the other.
+    Departures: the projection is the nearest point of ball and box at once, not of one after the other, and before the first
+    success the radius is a thousandth above the estimate, which for an affine model is on the boundary.
     Cost: `steps` forward and backward passes at most, and one forward pass that judges.
 
     Args:
@@ -180,7 +182,8 @@ def fmn(
     """
     epsilon, norm = minimal.ball("fmn", epsilon, norm, threat, ("linf", "l2", "l1"))
     arguments.counts(steps=steps)
-    arguments.positive(step_size=step_size, radius_change=radius_change)
+    arguments.positive(step_size=step_size)
+    arguments.shares(radius_change=radius_change)
     return FastMinimumNorm(
         epsilon=epsilon,
         norm=norm,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from robust_vit import errors
 
@@ -126,28 +126,29 @@ def _l1_project(images: jax.Array, clean: jax.Array, radius: jax.Array) -> jax.A
 
 
 def _l1_ascend(gradients: jax.Array) -> jax.Array:
-    return _equal_steps(gradients, jnp.max(jnp.abs(gradients), axis=_features(gradients), keepdims=True))
+    largest = jnp.abs(gradients) >= jnp.max(jnp.abs(gradients), axis=_features(gradients), keepdims=True)
+    return normalize(L1, jnp.where(largest, gradients, 0.0))
 
 
 def _l1_climb(gradients: jax.Array, images: jax.Array) -> jax.Array:
-    """Sparse steps of the hundredth of the values that matter most and can move (Tramer & Boneh 2019, arXiv 1904.13000)."""
+    """The gradient on the hundredth of the values where it is largest, of those that the box lets move.
+
+    After Tramer & Boneh 2019 (arXiv 1904.13000), whose steps are all equal: where a few values make up the difference, the
+    projection takes those back.
+    """
     blocked = ((images <= 0) & (gradients < 0)) | ((images >= 1) & (gradients > 0))
-    return sparse(jnp.where(blocked, 0.0, gradients), jnp.full(images.shape[:1], 0.01, gradients.dtype))
+    gradients = jnp.where(blocked, 0.0, gradients)
+    return normalize(L1, jnp.where(largest(gradients, jnp.full(len(images), 0.01, gradients.dtype)), gradients, 0.0))
 
 
-def sparse(
-    gradients: Float[Array, "batch height width channels"], kept: Float[Array, " batch"]
-) -> Float[Array, "batch height width channels"]:
-    """Directions of L1 norm one: equal steps of the share `kept` of the values with the largest gradients, at least one."""
+def largest(
+    gradients: Float[Array, "batch height width channels"], share: Float[Array, " batch"]
+) -> Bool[Array, "batch height width channels"]:
+    """Which values have the largest gradients: a share of all, in (0, 1], rounded up, and those that tie with the least."""
     sizes = jnp.sort(jnp.abs(gradients).reshape(gradients.shape[0], -1), axis=-1)
     count = sizes.shape[1]
-    index = jnp.clip(((1.0 - kept) * count).astype(jnp.int32), 0, count - 1)
-    return _equal_steps(gradients, _broadcast(jnp.take_along_axis(sizes, index[:, None], axis=-1)[:, 0], gradients))
-
-
-def _equal_steps(gradients: jax.Array, least: jax.Array) -> jax.Array:
-    signs = jnp.where(jnp.abs(gradients) >= least, jnp.sign(gradients), 0.0)
-    return signs / jnp.maximum(_total(jnp.abs(signs)), 1.0)
+    index = jnp.clip(((1.0 - share) * count).astype(jnp.int32), 0, count - 1)
+    return jnp.abs(gradients) >= _broadcast(jnp.take_along_axis(sizes, index[:, None], axis=-1)[:, 0], gradients)
 
 
 def _l1_draw(keys: jax.Array, like: jax.Array, radius: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from robust_vit import errors, files, loops
 from robust_vit import mesh as meshes
 from robust_vit import programs as compiled
-from robust_vit.attacks import evaluation, skeleton
+from robust_vit.attacks import evaluation, inputs, skeleton
 
 PURPOSE = 0x61747461  # "atta": keeps the draws of attacks apart from those of everything else under the same seed.
 Example = tuple[int, int, np.ndarray, int]  # position, row, image, label
@@ -81,7 +81,7 @@ def run(
     *,
     slots: int,
     seed: int = 0,
-    stride: int = 5,
+    stride: int = 2,
     refill: bool = True,
     keep_images: bool = False,
     directory: pathlib.Path | str | None = None,
@@ -108,12 +108,13 @@ def run(
       mesh: devices that share the slots, or None for JAX's default device; every process makes the same call.
 
     Raises:
-      UserError: images outside [0, 1], a label that the model has no logit for, logits that are not finite.
+      UserError: what `attacks.check_inputs` refuses, found before the first step by three forward passes of the slots, which are
+        not counted; a loss that is not finite.
     """
     if slots < 1 or stride < 1:
         raise errors.UserError(f"slots is {slots} and stride {stride}: expected whole numbers from 1.")
     store = _Store(directory, attack, model, {"slots": slots, "seed": seed, "stride": stride, "images": keep_images})
-    stream = (example for example in _examples(examples, model) if store.lacks(example))
+    stream = (example for example in _examples(examples, attack, model, slots, mesh) if store.lacks(example))
     pool = _Pool(attack, model, slots=slots, seed=seed, stride=stride, keep_images=keep_images, mesh=mesh)
     while True:
         if refill or pool.is_idle():
@@ -129,7 +130,7 @@ def run(
 
 
 def programs(
-    attack: skeleton.Attack, model: skeleton.Model, images: jax.ShapeDtypeStruct, *, examples: int, stride: int = 5
+    attack: skeleton.Attack, model: skeleton.Model, images: jax.ShapeDtypeStruct, *, examples: int, stride: int = 2
 ) -> list[compiled.Program]:
     """The compiled programs of `run` with how often each runs at most, for planning.
 
@@ -291,37 +292,21 @@ class _Store:
         )
 
 
-def _examples(examples, model) -> Iterator[Example]:
+def _examples(examples, attack, model, slots: int, mesh: Mesh | None) -> Iterator[Example]:
     position = 0
     for batch in [examples] if isinstance(examples, Mapping) else examples:
         images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
-        _check(images, labels, model)
+        inputs.check_values(model, images, labels)
         rows = np.asarray(batch["row"]) if "row" in batch else np.arange(position, position + len(images))
         mask = np.asarray(batch["mask"]) if "mask" in batch else np.ones(len(images), bool)
+        if position == 0 and mask.any():
+            # As many images as there are slots, repeated if need be: the shape that the devices divide.
+            chosen = np.resize(np.flatnonzero(mask), slots)
+            targets = labels[chosen] if attack.goal is skeleton.TARGETED else None
+            inputs.check_model(model, images[chosen], targets=targets, mesh=mesh)
         for index in np.flatnonzero(mask):
             yield position, int(rows[index]), images[index], int(labels[index])
             position += 1
-
-
-def _check(images: np.ndarray, labels: np.ndarray, model: skeleton.Model) -> None:
-    if images.ndim != 4 or images.dtype.kind != "f":
-        raise errors.UserError(
-            f"images are {images.dtype} {images.shape}: expected floating point [batch, height, width, channels] in [0, 1]; "
-            "divide uint8 by 255."
-        )
-    if not images.size:
-        return
-    low, high = images.min(), images.max()
-    if not (low >= 0 and high <= 1):  # A NaN fails this too.
-        raise errors.UserError(
-            f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; put the normalisation inside the model."
-        )
-    classes = evaluation.count_classes(model, images.shape)
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
-        raise errors.UserError(
-            f"labels are {labels.dtype} {labels.shape} from {labels.min()} to {labels.max()}: expected one class index an "
-            f"image, 0 to {classes - 1}, which is what the model has logits for."
-        )
 
 
 def _padded(items: list, length: int) -> list:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from robust_vit import classifier, errors, loops, losses
+from robust_vit import classifier, loops, losses
 from robust_vit import programs as compiled
-from robust_vit.attacks import evaluation, norms
+from robust_vit.attacks import evaluation, inputs, norms
 
 Model = evaluation.Model
 
@@ -167,7 +167,8 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
         Returns:
           The result, after `evaluations` steps of the whole batch and its judgement.
         """
-        _check(keys, images, labels)
+        inputs.check_arrays(keys, images, labels)
+        inputs.check_values(model, images, labels)
         state = start(self, keys, images, labels)
         state = loops.repeat(advance, state, self.evaluations, self, model)
         return finish(self, model, state)
@@ -268,22 +269,3 @@ def start(attack: Attack, keys: jax.Array, images: jax.Array, labels: jax.Array)
 def finish(attack: Attack, model: Model, state: State) -> AttackResult:
     """`attack.finish`, compiled."""
     return attack.finish(model, state)
-
-
-def _describe(array: Any) -> str:
-    return f"{getattr(array, 'dtype', type(array).__name__)} {tuple(getattr(array, 'shape', ()))}"
-
-
-def _check(keys: jax.Array, images: jax.Array, labels: jax.Array) -> None:
-    if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
-        raise errors.UserError(
-            f"images are {_describe(images)}: expected floating point [batch, height, width, channels] in [0, 1]; divide "
-            "uint8 by 255."
-        )
-    if labels.shape != images.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise errors.UserError(f"labels are {_describe(labels)}: expected class indices ({images.shape[0]},).")
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != images.shape[:1]:
-        raise errors.UserError(
-            f"keys are {_describe(keys)}: expected one typed key an example, ({images.shape[0]},): "
-            "jax.random.split(jax.random.key(0), batch)."
-        )

@@ -60,12 +60,14 @@ class Square(skeleton.Attack, kw_only=True):
       share: of the pixels that the first squares cover.
       queries: proposals after each start.
       restarts: starts, at least one.
+      rescale: the schedule of ten thousand queries is played over `queries`, rather than cut off there.
     """
 
     epsilon: Any
     share: Any
     queries: int = flax.struct.field(pytree_node=False, default=5000)
     restarts: int = flax.struct.field(pytree_node=False, default=1)
+    rescale: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
     def evaluations(self) -> int:
@@ -112,8 +114,8 @@ class Square(skeleton.Attack, kw_only=True):
         )
 
     def _share(self, proposal: jax.Array) -> Float[Array, " batch"]:
-        """Of the pixels, what the squares cover at a proposal; the schedule of ten thousand, rescaled to `queries`."""
-        of_ten_thousand = jnp.floor(proposal * (10_000 / self.queries))
+        """Of the pixels, what the squares cover at a proposal."""
+        of_ten_thousand = jnp.floor(proposal * (10_000 / self.queries)) if self.rescale else proposal
         halvings = jnp.sum(of_ten_thousand[:, None] > _HALVINGS[None], axis=1)
         return self.share * 0.5**halvings
 
@@ -232,6 +234,7 @@ def square(
     queries: int = 5000,
     share: float = 0.8,
     restarts: int = 1,
+    rescale: bool = True,
     loss: str | Callable = "margin",
     goal: str | skeleton.Goal = "untargeted",
 ) -> skeleton.Attack:
@@ -248,9 +251,11 @@ def square(
       epsilon: radius, in pixel units [0, 1].
       norm: `linf` or `l2`; the maximum norm where neither it nor `threat` is given.
       threat: a threat model or its name (`cifar10/linf-8`), in place of `epsilon` and `norm`.
-      queries: proposals after each start; the sizes of the squares are scheduled over them.
+      queries: proposals after each start.
       share: of the pixels that the first squares cover, in (0, 1].
       restarts: random starts.
+      rescale: play the schedule of the squares' sizes, which is given for ten thousand queries, over `queries`, as the paper
+        does; AutoAttack with its 5,000 cuts it off.
       loss: `margin`, `cross_entropy`, or a named function `(logits, labels) -> [batch]`.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
     """
@@ -269,4 +274,5 @@ def square(
         goal=arguments.find("goal", goal, skeleton.GOALS),
         queries=queries,
         restarts=restarts,
+        rescale=bool(rescale),
     )

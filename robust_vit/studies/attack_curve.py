@@ -77,7 +77,7 @@ class AttackCurve(study.Study):
     def __post_init__(self):
         super().__post_init__()
         attack_entries.parse(self.attacks)
-        sizes = self.multiples if self.epsilons is None else [_fraction(size) for size in self.epsilons]
+        sizes = self.multiples if self.epsilons is None else [attack_entries.fraction(size) for size in self.epsilons]
         if not sizes or any(size <= 0 for size in sizes) or list(sizes) != sorted(set(sizes)):
             raise errors.UserError(
                 f"the curve's epsilons are {sizes}: give positive numbers in rising order; zero is always included."
@@ -98,7 +98,7 @@ class AttackCurve(study.Study):
         threat = attacks.threat(name) if name is not None else None
         norm = threat.norm if threat is not None else attacks.NORMS[self.norm]
         if self.epsilons is not None:
-            curve = np.asarray([_fraction(size) for size in self.epsilons])
+            curve = np.asarray([attack_entries.fraction(size) for size in self.epsilons])
         else:
             curve = np.asarray(self.multiples) * threat.epsilon
         if norm.name == "linf":
@@ -120,9 +120,9 @@ class AttackCurve(study.Study):
     def _built(self, subject: study.Subject) -> list[tuple[attack_entries.Entry, attacks.Attack, int]]:
         """Each attack at the epsilon that the study turns on, with the runs that it takes a chunk."""
         norm, center, curve = self.conditions(subject)
-        runs = {True: len(curve) + self.unbounded, False: 1}
+        runs = len(curve) + self.unbounded
         built = [(entry, entry.build(norm, center, **self._defaults())) for entry in self.entries]
-        return [(entry, attack, runs[entry.is_bounded]) for entry, attack in built]
+        return [(entry, attack, 1 if attack.minimal else runs) for entry, attack in built]
 
     def chunks(self, subject: study.Subject) -> int:
         """One a batch."""
@@ -176,14 +176,14 @@ class AttackCurve(study.Study):
             records["exhibit/threat"] = np.asarray([self.threat or subject.threat or ""])
             records["exhibit/class_names"] = forward.class_names(subject)
             records["exhibit/image"] = np.asarray(real["image"][:shown], np.float32)
-        for entry in self.entries:
+        for entry, attack, _ in self._built(subject):
             found = attack_entries.run(entry, norm, sizes, subject.classifier, keys, images, given, **self._defaults())
             found = [jax.tree.map(lambda leaf: leaf[mask], result) for result in found]
-            columns = attack_entries.columns(found, sizes, records["correct"], bounded=entry.is_bounded)
+            columns = attack_entries.columns(found, sizes, records["correct"], minimal=attack.minimal)
             records |= {f"{field}/{entry.text}": column for field, column in columns.items()}
         if shown:
             # Of the last attack; its nearest success is shown where that lies within the ball.
-            result = found[int(np.argmin(np.abs(curve - center)))] if entry.is_bounded else found[0]
+            result = found[0 if attack.minimal else int(np.argmin(np.abs(curve - center)))]
             near = (np.asarray(result.distance) <= center * (1 + 1e-5) + 1e-6)[:shown]
             ends = np.where(near[:, None, None, None], result.images[:shown], real["image"][:shown])
             predictions = np.where(near, result.prediction[:shown], records["prediction"][:shown])
@@ -248,15 +248,16 @@ class AttackCurve(study.Study):
     def headline(self, finding: study.Finding) -> dict[str, tables.Number]:
         """Worst-case robust accuracy at the threat's epsilon."""
         summary = finding.summary
-        return {f"robust accuracy ({_budget(summary)})": study.number(_at(summary, "worst case"), ".1%")}
+        return {f"robust accuracy ({attack_figures.budget(summary)})": study.number(_at(summary, "worst case"), ".1%")}
 
     def tables(self, findings: Mapping[str, study.Finding]) -> dict[str, tables.Table]:
         """One row a run and attack, one column an epsilon."""
         sizes = sorted({size for finding in findings.values() for size in finding.summary["epsilons"]})
         rows = []
         for run, finding in findings.items():
-            for attack, points in finding.summary["curves"].items():
-                by_size = {point["epsilon"]: point for point in points}
+            curves = finding.summary["curves"]
+            for attack in (*filter(curves.get, self.attacks), "worst case"):
+                by_size = {point["epsilon"]: point for point in curves[attack]}
                 cells = [study.number(by_size.get(size), ".1%") for size in sizes]
                 rows.append((run, attack, study.number(finding.summary["clean"], ".1%"), *cells))
         norm = next(iter(findings.values())).summary["norm"] if findings else ""
@@ -283,12 +284,14 @@ class AttackCurve(study.Study):
             broken = [finding.records[f"success/{name}"][:, : len(reached)][:, reached] for name in self.attacks]
             robust.append(~np.logical_or.reduce(broken).any(axis=1)[rows])
         difference = statistics.paired_difference(*(bits.astype(float) for bits in robust))
-        quantity = f"robust accuracy ({_budget(first.summary)})"
+        quantity = f"robust accuracy ({attack_figures.budget(first.summary)})"
         return [study.comparison(quantity, difference, statistics.mcnemar(*robust), "+.2%")]
 
     def card(self, finding: study.Finding) -> dict[str, Any]:
         """The threat model, the budget and the guards besides."""
         summary = finding.summary
+        budget = summary["norm"], summary["epsilon"]
+        built = {entry.text: entry.build(*budget, **self._defaults()) for entry in self.entries}
         return {
             **super().card(finding),
             "threat": summary["threat"],
@@ -296,11 +299,8 @@ class AttackCurve(study.Study):
             "epsilon": summary["epsilon"],
             "epsilons": summary["epsilons"],
             "attacks": {
-                entry.text: {
-                    "kind": "bounded" if entry.is_bounded else "minimal",
-                    "evaluations": entry.build(summary["norm"], summary["epsilon"], **self._defaults()).evaluations,
-                }
-                for entry in self.entries
+                name: {"kind": "minimal" if attack.minimal else "bounded", "evaluations": attack.evaluations}
+                for name, attack in built.items()
             },
             "subset": "the first images in the order of the data set, misclassified ones included",
             "guards": summary["guards"],
@@ -310,17 +310,3 @@ class AttackCurve(study.Study):
 
 def _at(summary: Mapping[str, Any], attack: str) -> Mapping[str, Any] | None:
     return next((point for point in summary["curves"][attack] if point["epsilon"] == summary["epsilon"]), None)
-
-
-def _budget(summary: Mapping[str, Any]) -> str:
-    return f"{attack_figures.NORMS.get(summary['norm'], summary['norm'])}, ε = {attack_figures.size_text(summary['epsilon'])}"
-
-
-def _fraction(size: float | str) -> float:
-    if not isinstance(size, str):
-        return float(size)
-    above, _, below = size.partition("/")
-    try:
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        raise errors.UserError(f"epsilon {size!r} is no number: write 0.03 or '8/255'.") from None

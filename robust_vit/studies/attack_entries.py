@@ -14,6 +14,14 @@ import numpy as np
 from robust_vit import attacks, errors, mesh, registry
 
 _FIXED = ("epsilon", "norm", "threat", "goal")  # What the study chooses.
+# Names that are no acronyms, as their authors write them.
+_WRITTEN = {
+    "adam": "Adam",
+    "carlini_wagner": "Carlini-Wagner",
+    "deep_fool": "DeepFool",
+    "hop_skip_jump": "HopSkipJump",
+    "square": "Square",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +42,11 @@ class Entry:
     def label(self) -> str:
         """As figures and sentences call it: "PGD", "PGD (steps=40)"."""
         inner = self.text.partition("(")[2].rpartition(")")[0].strip()
-        return self.name.upper().replace("_", "-") + (f" ({inner})" if inner else "")
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether the attack takes the size of its ball; one that does not seeks the nearest success."""
-        return "epsilon" in _parameters(self.name)
+        name = _WRITTEN.get(self.name, self.name.upper().replace("_", "-"))
+        return f"{name} ({inner})" if inner else name
 
     def build(self, norm: Any, epsilon: float, **defaults: Any) -> attacks.Attack:
-        """The attack; a minimal one is the same for every epsilon.
+        """The attack; a minimal one, which could stop at the first success within epsilon, goes on to the nearest.
 
         Args:
           norm: of the perturbation.
@@ -54,9 +58,13 @@ class Entry:
         """
         taken = _parameters(self.name)
         given = {key: value for key, value in defaults.items() if key in taken and value is not None}
-        size = {"epsilon": epsilon} if self.is_bounded else {}
-        built = attacks.build(self.name, norm=norm, **size, **{**given, **self.options})
-        if not self.is_bounded and not built.minimal:
+        options = {"norm": norm, **given, **self.options}
+        if "epsilon" not in taken:
+            built = attacks.build(self.name, **options)
+        else:
+            built = attacks.build(self.name, epsilon=epsilon, **options)
+            built = attacks.build(self.name, **options) if built.minimal else built
+        if not built.minimal and "epsilon" not in taken:
             raise errors.UserError(f"attack {self.text!r} has no epsilon and no distance: it has a study of its own.")
         return built
 
@@ -85,6 +93,31 @@ def parse(texts: Sequence[str]) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def budget(study: Any, subject: Any) -> tuple[Any, float]:
+    """The norm and epsilon of a study that has the settings `threat`, `epsilon` and `norm`: its own or the subject's threat.
+
+    Raises:
+      errors.UserError: there is neither.
+    """
+    name = study.threat or subject.threat
+    threat = attacks.threat(name) if name else None
+    if threat is None and study.epsilon is None:
+        raise errors.UserError("no threat model is set: give one such as threat='cifar10/linf-8', or epsilon.")
+    norm = threat.norm if threat is not None else attacks.norms.find(study.norm)
+    return norm, threat.epsilon if study.epsilon is None else fraction(study.epsilon)
+
+
+def fraction(size: float | str) -> float:
+    """An epsilon in pixel units, of a number or of text such as "8/255"."""
+    if not isinstance(size, str):
+        return float(size)
+    above, _, below = size.partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise errors.UserError(f"epsilon {size!r} is no number: write 0.03 or '8/255'.") from None
+
+
 def run(
     entry: Entry,
     norm: Any,
@@ -96,13 +129,12 @@ def run(
     **defaults: Any,
 ) -> list[attacks.AttackResult]:
     """What the attack found, in NumPy: at each size, or of a minimal attack once. One compilation for all sizes."""
-    sizes = sizes if entry.is_bounded else sizes[:1]
-    built = (entry.build(norm, float(size), **defaults) for size in sizes)
-    return [mesh.fetch(attack(model, keys, images, labels)) for attack in built]
+    built = [entry.build(norm, float(size), **defaults) for size in sizes]
+    return [mesh.fetch(attack(model, keys, images, labels)) for attack in (built[:1] if built[0].minimal else built)]
 
 
 def columns(
-    found: Sequence[attacks.AttackResult], sizes: np.ndarray, correct: np.ndarray, *, bounded: bool
+    found: Sequence[attacks.AttackResult], sizes: np.ndarray, correct: np.ndarray, *, minimal: bool
 ) -> dict[str, np.ndarray]:
     """Per-example records of an attack's results.
 
@@ -113,7 +145,7 @@ def columns(
       found: from `run`, without padding.
       sizes: radii.
       correct: whether the model is right on the clean image.
-      bounded: whether there is one result a size.
+      minimal: whether there is one result for all sizes, rather than one a size.
     """
 
     def stacked(field: str) -> np.ndarray:
@@ -121,10 +153,10 @@ def columns(
 
     distance, success = stacked("distance"), stacked("success")
     inside = np.stack([((r.images >= 0) & (r.images <= 1)).all(axis=(1, 2, 3)) for r in found], axis=1)
-    if bounded:
-        inside = inside & (distance <= sizes * (1 + 1e-5) + 1e-6)
-    else:
+    if minimal:
         success = success & (distance <= sizes)
+    else:
+        inside = inside & (distance <= sizes * (1 + 1e-5) + 1e-6)
     records = {"success": success | ~correct[:, None], "inside": inside}
     for field in ("distance", "loss"):
         records[field] = stacked(field).astype(np.float32)

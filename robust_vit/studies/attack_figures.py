@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colors, lines, patches, ticker
 from matplotlib import figure as matplotlib_figure
-from matplotlib import lines, ticker
 
 from robust_vit import plots
 from robust_vit.studies import study
@@ -27,6 +27,11 @@ def size_text(size: float) -> str:
     return f"{size:.3g}"
 
 
+def budget(summary: Mapping[str, Any]) -> str:
+    """Norm and epsilon of a summary as people write them: "L∞, ε = 8/255"."""
+    return f"{NORMS.get(summary['norm'], summary['norm'])}, ε = {size_text(summary['epsilon'])}"
+
+
 def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) -> matplotlib_figure.Figure:
     """Robust accuracy against epsilon: colour tells the run, dashes tell the attack; the last attack is solid.
 
@@ -35,7 +40,7 @@ def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) ->
       attacks: key in the summary's curves -> label, weakest first.
     """
     with plots.style():
-        figure, axes = plots.figure(width=6.8, height=4.0)
+        figure, axes = plots.figure(width=7.6, height=4.0)
         axis = axes[0, 0]
         dashes = {name: _DASHES[(len(attacks) - 1 - i) % len(_DASHES)] for i, name in enumerate(attacks)}
         for index, finding in enumerate(findings.values()):
@@ -75,10 +80,11 @@ def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) ->
         axis.annotate(
             f"ε = {size_text(summary['epsilon'])}",
             (summary["epsilon"], 1.0),
-            (4, -2),
+            (0, 4),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            va="top",
+            ha="center",
+            va="bottom",
             fontsize=9,
         )
         axis.set_ylim(0, 1)
@@ -96,7 +102,8 @@ def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) ->
             lines.Line2D([], [], color=plots.INK, linestyle=dashes[name], label=label)
             for name, label in reversed(attacks.items())
         ]
-        axis.legend(handles=handles, loc="upper right")
+        # Beside the curves: with many attacks there is no corner that all of them leave free.
+        axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
@@ -142,6 +149,87 @@ def examples(findings: Mapping[str, study.Finding], attack: str) -> matplotlib_f
             x=0.01,
             ha="left",
         )
+    return figure
+
+
+def matrix(
+    findings: Mapping[str, study.Finding], targets: Sequence[str], attacks: Mapping[str, str]
+) -> matplotlib_figure.Figure:
+    """How often images made on the row's run fool the column's, one panel an attack; the stronger the darker.
+
+    Args:
+      findings: of `transfer`, by run.
+      targets: the columns.
+      attacks: key in the summary -> label.
+    """
+    rows, columns = len(findings), len(targets)
+    with plots.style():
+        width = len(attacks) * max(0.85 * columns, 2.6) + 1.6
+        figure, axes = plots.figure(1, len(attacks), width=width, height=0.62 * rows + 1.5, share_y=True)
+        for axis, (attack, title) in zip(axes[0], attacks.items(), strict=True):
+            for row, finding in enumerate(findings.values()):
+                for column, target in enumerate(targets):
+                    entry = finding.summary["attacked"].get(attack, {}).get(target, {}).get("rate")
+                    if entry is None:
+                        continue
+                    own = target == finding.summary["source"]
+                    cell = patches.Rectangle(
+                        (column - 0.47, row - 0.45),
+                        0.94,
+                        0.9,
+                        facecolor=(*colors.to_rgb(plots.color(0)), 0.06 + 0.6 * entry["value"]),
+                        edgecolor=plots.INK if own else "none",
+                        linewidth=1.2,
+                    )
+                    axis.add_patch(cell)
+                    axis.annotate(f"{entry['value']:.0%}", (column, row), ha="center", va="center", fontsize=10)
+            axis.set_xlim(-0.55, columns - 0.45)
+            axis.set_ylim(rows - 0.45, -0.55)
+            axis.set_xticks(range(columns), targets)
+            axis.set_yticks(range(rows), list(findings))
+            axis.grid(False)
+            axis.tick_params(length=0)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            axis.set_title(title)
+            axis.set_xlabel("shown to")
+        axes[0, 0].set_ylabel("made on")
+    return figure
+
+
+def progression(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) -> matplotlib_figure.Figure:
+    """Mean loss, and the share still right below it, against the steps; one column an attack.
+
+    Args:
+      findings: of `loss_progression`, by run.
+      attacks: key in the summary -> label.
+    """
+    with plots.style():
+        width = 3.4 * len(attacks) + 1.0
+        figure, axes = plots.figure(
+            2, len(attacks), width=width, height=4.8, share_x="col", share_y="row", ratios=(3, 2)
+        )
+        for column, (attack, title) in enumerate(attacks.items()):
+            for row, key in enumerate(("loss", "right")):
+                axis = axes[row, column]
+                for index, (run, finding) in enumerate(findings.items()):
+                    points = finding.summary["curves"].get(attack, {}).get(key, [])
+                    values, low, high = (
+                        np.asarray([point[end] for point in points]) for end in ("value", "low", "high")
+                    )
+                    steps = np.arange(len(values))
+                    axis.fill_between(steps, low, high, color=plots.color(index), alpha=0.15, linewidth=0)
+                    marker = {"marker": plots.marker(index), "markersize": 4}
+                    axis.plot(steps, values, color=plots.color(index), label=run, **marker)
+                axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+            axes[0, column].set_title(f"{title}, {budget(next(iter(findings.values())).summary)}")
+            axes[1, column].set_xlabel("steps of the attack")
+        axes[0, 0].set_ylim(bottom=0)
+        axes[1, 0].set_ylim(0, 1)
+        plots.percent(axes[1, 0])
+        axes[0, 0].set_ylabel("cross-entropy (nats)")
+        axes[1, 0].set_ylabel("still right")
+        plots.legend(axes[0, 0], loc="upper left")
     return figure
 
 

@@ -15,10 +15,12 @@ from robust_vit.studies import study as study_lib
 
 def asked(study: study_lib.Study, subject: study_lib.Subject) -> dict[str, Any]:
     """What identifies a result: the same answer means that nothing needs to be computed again."""
+    rivals = {name: _model_fingerprint(model, subject) for name, model in subject.rivals.items()}
     return {
+        **({"rivals": rivals} if study.reads_rivals else {}),
         "study": study.name,
         "settings": study.settings(),
-        "model": _model_fingerprint(subject),
+        "model": _model_fingerprint(subject.classifier, subject),
         "data": {
             "name": subject.image_source,
             "fingerprint": _data_fingerprint(subject.test),
@@ -49,12 +51,12 @@ def _data_fingerprint(stream: Any) -> str | None:
     return _digest([batch["image"], batch["label"]])
 
 
-def _model_fingerprint(subject: study_lib.Subject) -> str:
+def _model_fingerprint(model: Any, subject: study_lib.Subject) -> str:
     """A short hash of the weights; of the first logits where the weights are out of sight."""
-    leaves = jax.tree.leaves(subject.classifier.variables)
+    leaves = jax.tree.leaves(model.variables)
     if not leaves:
         # Three digits: a foreign function may differ by rounding from machine to machine.
-        logits = mesh.fetch(subject.classifier(subject.put(subject.test.batch(0)["image"])))
+        logits = mesh.fetch(model(subject.put(subject.test.batch(0)["image"])))
         leaves = [np.round(np.asarray(logits, np.float32), 3) + 0.0]
     return _digest(leaves)
 

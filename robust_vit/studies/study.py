@@ -37,6 +37,7 @@ class Subject:
       label_smoothing: share of the training target spread over all classes.
       seed: of every draw that a study makes.
       mesh: the devices that share the work, or None for JAX's default device.
+      rivals: name -> model of the other runs that tell the same classes apart (`introduce`).
     """
 
     classifier: classifiers.Classifier | classifiers.Wrapped
@@ -52,6 +53,7 @@ class Subject:
     label_smoothing: float = 0.0
     seed: int = 0
     mesh: Mesh | None = None
+    rivals: Mapping[str, classifiers.Classifier | classifiers.Wrapped] = dataclasses.field(default_factory=dict)
 
     def put(self, arrays: Any) -> Any:
         """Arrays `[examples, ...]` on the subject's devices, split over them; the same call on every process."""
@@ -118,6 +120,7 @@ class Study:
       paper: authors, year and arXiv id of what it reproduces.
       captions: of its figures by name: what is drawn, in words.
       automatic: the setting that may be "auto": a number is then chosen from the memory of the device (`settle`).
+      reads_rivals: whether its records depend on the subject's rivals, so that a new rival asks for new ones.
     """
 
     name: ClassVar[str]
@@ -126,6 +129,7 @@ class Study:
     paper: ClassVar[str]
     captions: ClassVar[Mapping[str, str]] = {}
     automatic: ClassVar[str] = "batch"
+    reads_rivals: ClassVar[bool] = False
 
     def __post_init__(self):
         value = getattr(self, self.automatic, None)
@@ -236,6 +240,23 @@ class Study:
             raise errors.UserError(f"study {self.name!r} does not apply: {reason}")
         records = merge([self.chunk(subject, index) for index in range(self.chunks(subject))])
         return Finding(self.settings(), records, self.summarise(records))
+
+
+def introduce(subjects: Mapping[str, Subject]) -> dict[str, Subject]:
+    """The subjects, each with the models of the others as its rivals, where these name the same classes of the same data."""
+
+    def alike(one: Subject, other: Subject) -> bool:
+        return all(getattr(one, key) == getattr(other, key) for key in ("num_classes", "class_names", "image_source"))
+
+    return {
+        name: dataclasses.replace(
+            subject,
+            rivals={
+                other: rival.classifier for other, rival in subjects.items() if other != name and alike(subject, rival)
+            },
+        )
+        for name, subject in subjects.items()
+    }
 
 
 def merge(chunks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -36,8 +36,8 @@ class Row:
 
 ROWS = {
     "fgsm": Row("bounded", ("linf", "l2", "l1"), exact=("linf",)),
-    "bim": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
-    "mi_fgsm": Row("bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}),
+    "bim": Row("bounded", ("linf",), exact=("linf",), options={"steps": 5}),
+    "mi_fgsm": Row("bounded", ("linf",), exact=("linf",), options={"steps": 5}),
     "pgd": Row(
         "bounded",
         ("linf", "l2", "l1"),
@@ -45,6 +45,28 @@ ROWS = {
         options={"steps": 5},
         sharp={"steps": 40, "relative_step": 0.5, "schedule": "cosine"},
         restarts=True,
+    ),
+    "apgd": Row("bounded", ("linf",), exact=(), options={"steps": 6}),
+    # In L1 its steps are equal whatever the gradient, which the projection takes back where two or three values are all that
+    # matters; see test_attack_apgd.
+    "apgd_ce": Row(
+        "bounded",
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2"),
+        options={"steps": 10},
+        sharp={"steps": 50},
+        restarts=True,
+    ),
+    "apgd_dlr": Row("bounded", ("linf",), exact=(), goals=("untargeted",), options={"steps": 10}),
+    "apgd_t": Row(
+        "bounded",
+        ("linf",),
+        exact=("linf",),
+        goals=("untargeted",),
+        options={"steps": 6, "targets": 3},
+        sharp={"steps": 50},
+        restarts=True,
+        classes=(4,),
     ),
     "deep_fool": Row(
         "minimal",
@@ -55,7 +77,13 @@ ROWS = {
         sharp={"overshoot": 0.005},
     ),
     "ddn": Row("minimal", ("l2",), exact=("l2",), options={"steps": 30}, sharp={"steps": 300}),
-    "fmn": Row("minimal", ("linf", "l2"), exact=("linf", "l2"), options={"steps": 30}, sharp={"steps": 300}),
+    "fmn": Row(
+        "minimal",
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
+        options={"steps": 30},
+        sharp={"steps": 300},
+    ),
     "carlini_wagner": Row(
         "minimal",
         ("l2",),
@@ -65,19 +93,19 @@ ROWS = {
     ),
     "fab": Row(
         "minimal",
-        ("linf", "l2"),
-        exact=("linf", "l2"),
-        options={"steps": 10, "candidates": 4},
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
+        options={"steps": 6, "candidates": 4},
         sharp={"steps": 30},
         restarts=True,
         classes=(2, 4),
     ),
     "fab_t": Row(
         "minimal",
-        ("linf", "l2"),
-        exact=("linf", "l2"),
+        ("linf", "l2", "l1"),
+        exact=("linf", "l2", "l1"),
         goals=("untargeted",),
-        options={"steps": 10},
+        options={"steps": 6, "targets": 3},
         sharp={"steps": 30},
         restarts=True,
         classes=(2, 4),
@@ -92,5 +120,22 @@ ROWS = {
     "spsa": Row("bounded", ("linf", "l2"), exact=(), options={"samples": 10, "steps": 10}),
     "roto_translation": Row(
         "spatial", ("linf",), exact=(), options={"shift": 0.3, "degrees": 90.0, "grid": (3, 3, 5), "together": 4}
+    ),
+    "patch_fool": Row(
+        "bounded",
+        ("linf", "l2"),
+        exact=("linf",),
+        options={"patch": 3, "select": "saliency", "layers": (), "steps": 8, "learning_rate": 0.1},
+        sharp={"steps": 15},
+    ),
+    "stickers": Row(
+        "bounded",
+        ("linf", "l2"),
+        exact=("linf",),
+        options={"steps": 8, "learning_rate": 0.1, "stop_on_success": True},
+        sharp={"steps": 15},
+    ),
+    "adam": Row(
+        "bounded", ("linf", "l2"), exact=("linf",), options={"steps": 5}, sharp={"steps": 10, "relative_step": 0.5}
     ),
 }

@@ -29,7 +29,7 @@ def distance(norm: str, weights: np.ndarray, gap: float, image: np.ndarray) -> f
         before = gained[last - 1] if last else 0.0
         return float(room[order][:last].sum() + (gap - before) / size[order][last])
     move = {"linf": lambda t: np.minimum(t, room), "l2": lambda t: np.minimum(t * size, room)}[norm]
-    end = 1.0 if norm == "linf" else float((room / np.maximum(size, 1e-300)).max())
+    end = 1.0 if norm == "linf" else float((room[size > 0] / size[size > 0]).max())
     root = (
         scipy.optimize.brentq(lambda t: size @ move(t) - gap, 0.0, end, xtol=1e-14) if size @ move(end) > gap else end
     )

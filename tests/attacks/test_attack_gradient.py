@@ -355,7 +355,7 @@ def test_new_numbers_and_new_weights_trace_nothing():
         _TRACES.clear()
         attacks.build("pgd", epsilon=epsilon, steps=4, random_start=False)(model, keys, images, labels)
         counts.append(len(_TRACES))
-    assert counts == [2, 0, 0]  # The step and the judging pass.
+    assert counts == [3, 0, 0]  # The step, the judging pass, and the look at how many logits there are.
 
 
 def test_a_bfloat16_model_is_judged_in_float32():

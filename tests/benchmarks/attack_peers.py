@@ -16,7 +16,7 @@ import torch
 import torchattacks
 
 STEPS = 40
-STEP = 2.5 / STEPS  # In units of epsilon.
+STEP = 0.25  # In units of epsilon.
 
 
 class Normalised(torch.nn.Module):

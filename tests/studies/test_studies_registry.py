@@ -14,16 +14,37 @@ from robust_vit import errors, files, plots, studies
 SETTINGS = {
     "accuracy": {"batch": 64},
     "attack_curve": {"batch": 64, "examples": 100, "multiples": (0.5, 1.0), "steps": 3, "exhibits": 2},
+    "auto_attack": {"examples": 12, "together": 8, "batch": 4},
     "boundary_travel": {"batch": 64, "examples": 100, "stride": 0.02, "jump": 0.1, "exhibits": 2},
     "calibration": {"batch": 64, "draws": 50},
+    "certificate": {"batch": 32, "examples": 60, "estimation": 100, "selection": 20, "radii": (0.2, 0.5), "steps": 2},
+    "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
+    "transfer": {"batch": 64, "examples": 100, "steps": 3},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
     "spatial_attack": {"batch": 64, "examples": 100, "grid": (3, 3, 5), "tries": 3, "exhibits": 2},
+    "patch_attack": {
+        "batch": 50,
+        "examples": 100,
+        "steps": 3,
+        "learned_images": 100,
+        "areas": (0.1, 0.3),
+        "exhibits": 2,
+    },
+    "physical_attack": {
+        "batch": 50,
+        "examples": 100,
+        "attack": "pgd(steps=2)",
+        "samples": 2,
+        "strengths": (0.5, 1.0),
+        "exhibits": 2,
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def findings():
-    subjects = {"first": make_subject(seed=0), "second": make_subject(seed=1, noise=2.0)}
+    subjects = {"first": make_subject(seed=0, name="first"), "second": make_subject(seed=1, noise=2.0, name="second")}
+    subjects = studies.introduce(subjects)
     return {
         name: {run: studies.build(name, **SETTINGS[name]).run(subject) for run, subject in subjects.items()}
         for name in SETTINGS

@@ -1,0 +1,123 @@
+"""Ascent by Adam in a ball, as Paul & Chen climb the loss of ViTs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from robust_vit.attacks import arguments, evaluation, norms, skeleton, threats
+
+_DECAY = (0.9, 0.999)  # Of the means of gradients and of their squares (Kingma & Ba 2015, arXiv 1412.6980).
+_STABILISER = 1e-7  # Added to the root of the second mean: the default of Keras, which Paul & Chen leave as it is.
+
+
+class State(skeleton.State, kw_only=True):
+    """Where each example's ascent stands.
+
+    Attributes:
+      first: running mean of the gradients.
+      second: running mean of their squares.
+    """
+
+    first: Float[Array, "batch height width channels"]
+    second: Float[Array, "batch height width channels"]
+
+
+class AdamAscent(skeleton.Attack, kw_only=True):
+    """Adam's steps up the loss, projected into a ball. `robust_vit.attacks.build("adam", ...)` makes one.
+
+    Attributes:
+      epsilon: radius of the ball, in pixel units [0, 1].
+      relative_step: Adam's learning rate, in units of epsilon.
+      steps: gradient steps from the clean image.
+      stop_on_success: leave an example alone as soon as it reaches the goal; otherwise it takes all steps, and the first
+        success is what is returned.
+    """
+
+    epsilon: Any
+    relative_step: Any
+    steps: int = flax.struct.field(pytree_node=False, default=10)
+    stop_on_success: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @property
+    def evaluations(self) -> int:
+        """Steps of one example at most."""
+        return self.steps
+
+    def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
+        """Nothing seen yet. No passes."""
+        zeros = jnp.zeros_like(images)
+        return State(**skeleton.blank(keys, images, labels), first=zeros, second=zeros)
+
+    def step(self, model: skeleton.Model, state: State) -> State:
+        """Evaluates the current images and moves them. One forward and backward pass."""
+        found = evaluation.ascent(self.loss, model, state.images, state.keys, state.labels, draw=state.count)
+        gradients = self.goal.direction * found.gradients
+        first = _DECAY[0] * state.first + (1.0 - _DECAY[0]) * gradients
+        second = _DECAY[1] * state.second + (1.0 - _DECAY[1]) * gradients**2
+        # Both means start at zero, which the number of terms makes up for.
+        terms = (state.count + 1).astype(first.dtype)[:, None, None, None]
+        scale = jnp.sqrt(second / (1.0 - _DECAY[1] ** terms)) + _STABILISER
+        epsilon = jnp.asarray(self.epsilon, first.dtype)
+        size = epsilon * jnp.asarray(self.relative_step, first.dtype)
+        moved = state.images + size * first / (1.0 - _DECAY[0] ** terms) / scale
+        moved = self.norm.project(moved, state.clean, epsilon)
+        achieved = self.achieves(found.logits, state.labels)
+        done = state.done
+        if self.stop_on_success:
+            done, moved = done | achieved, skeleton.select(achieved, state.images, moved)
+        return state.replace(
+            images=moved,
+            done=done,
+            success=state.success | achieved,
+            best=skeleton.select(achieved & ~state.success, state.images, state.best),
+            vanished=state.vanished + found.vanished,
+            first=first,
+            second=second,
+        )
+
+
+def adam(
+    *,
+    epsilon: float | jax.Array | None = None,
+    norm: str | norms.Norm | None = None,
+    threat: str | threats.ThreatModel | None = None,
+    steps: int = 10,
+    relative_step: float | None = None,
+    loss: str | Callable = "cross_entropy",
+    goal: str | skeleton.Goal = "untargeted",
+    stop_on_success: bool = True,
+) -> skeleton.Attack:
+    """Adam's ascent from the clean image (Paul & Chen 2022, arXiv 2105.07581, github.com/sayakpaul/robustness-vit).
+
+    There 10 steps of learning rate 0.001 climb in balls of 0.001 to 0.003, of pixels in [-1, 1]: relative steps of 0.3 to 1.
+    Cost: `steps` forward and backward passes at most, and one forward pass that judges.
+
+    Args:
+      epsilon: radius, in pixel units [0, 1].
+      norm: of the ball; the maximum norm where neither it nor `threat` is given.
+      threat: a threat model or its name (`cifar10/linf-8`), in place of `epsilon` and `norm`.
+      steps: gradient steps.
+      relative_step: Adam's learning rate in units of epsilon; `2.5 / steps` where it is not given.
+      loss: `cross_entropy`, `margin`, or a named function `(logits, labels) -> [batch]`.
+      goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
+      stop_on_success: leave an example alone as soon as it reaches the goal.
+    """
+    epsilon, norm = arguments.ball(epsilon, norm, threat)
+    arguments.counts(steps=steps)
+    relative_step = 2.5 / steps if relative_step is None else relative_step
+    arguments.positive(relative_step=relative_step)
+    return AdamAscent(
+        epsilon=epsilon,
+        relative_step=arguments.number(relative_step),
+        norm=norm,
+        loss=arguments.find("loss", loss, skeleton.LOSSES),
+        goal=arguments.find("goal", goal, skeleton.GOALS),
+        steps=steps,
+        stop_on_success=bool(stop_on_success),
+    )

@@ -1,0 +1,87 @@
+"""The study of AutoAttack: closed form on a linear model, what its summary says, and what stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import make_subject
+
+from robust_vit import errors, studies
+
+SETTINGS = {"examples": 24, "together": 16, "batch": 8}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return make_subject()
+
+
+@pytest.fixture(scope="module")
+def finding(subject):
+    return studies.build("auto_attack", **SETTINGS).run(subject)
+
+
+def test_a_linear_model_breaks_just_where_the_closed_form_says(subject, finding):
+    stream = subject.test.with_batch(24, limit=24).batch(0)
+    kernel = np.asarray(subject.classifier.variables["kernel"], np.float64)
+    bias = np.asarray(subject.classifier.variables["bias"], np.float64)
+    images, labels = stream["image"].reshape(24, -1).astype(np.float64), stream["label"]
+    logits = images @ kernel + bias
+    # The most that a change of 0.1 a pixel in the box adds to the margin over each other class.
+    broken = np.zeros(24, bool)
+    for other in range(3):
+        weights = kernel[:, other][None] - kernel[:, labels].T
+        room = np.where(weights > 0, np.minimum(1.0 - images, 0.1), np.minimum(images, 0.1))
+        broken |= (other != labels) & (
+            (np.abs(weights) * room).sum(axis=1) > logits[np.arange(24), labels] - logits[:, other]
+        )
+    correct = logits.argmax(axis=1) == labels
+    robust = finding.records["correct"] & ~np.logical_or.reduce(
+        [finding.records[f"success/{name}"] for name in ("apgd_ce", "apgd_t", "fab_t", "square")]
+    )
+    np.testing.assert_array_equal(robust, correct & ~broken)
+    assert 0 < robust.sum() < correct.sum()
+
+
+def test_the_summary_is_the_sequence(finding):
+    summary = finding.summary
+    after = summary["after"]
+    assert [entry["attack"] for entry in after] == ["apgd_ce", "apgd_t", "fab_t", "square"]
+    left = [summary["clean"]["value"], *(entry["value"] for entry in after)]
+    assert left == sorted(left, reverse=True)
+    assert summary["robust"]["value"] == after[-1]["value"]
+    for entry, before in zip(after, left, strict=False):
+        assert entry["attempted"] == round(24 * before)
+        assert entry["useful_passes"] <= entry["executed_passes"]
+    assert any("apgd_t needs 4" in caveat for caveat in summary["caveats"])
+    assert not summary["guards"]["black box"]["fired"]
+
+
+def test_a_black_box_that_is_stronger_is_told(finding):
+    records = dict(finding.records)
+    records["success/square"] = records["correct"].copy()
+    for name in ("apgd_ce", "apgd_t", "fab_t"):
+        records[f"success/{name}"] = np.zeros_like(records["correct"])
+    summary = studies.build("auto_attack", **SETTINGS).summarise(records)
+    assert summary["guards"]["black box"]["fired"]
+    assert any("Square, which sees no gradient, broke" in caveat for caveat in summary["caveats"])
+
+
+def test_two_models_are_compared_on_the_same_images(finding):
+    study = studies.build("auto_attack", **SETTINGS)
+    other = study.run(make_subject(seed=1, noise=2.0))
+    (comparison,) = study.compare(finding, other)
+    assert comparison.difference == pytest.approx(other.summary["robust"]["value"] - finding.summary["robust"]["value"])
+    assert study.compare(finding, dataclasses.replace(other, summary={**other.summary, "epsilon": 0.2})) == []
+
+
+def test_what_stops_it(subject):
+    study = studies.build("auto_attack")
+    assert "no threat model" in study.applicable(dataclasses.replace(subject, threat=None))
+    assert study.applicable(subject) is None
+    with pytest.raises(errors.UserError, match="standrad"):
+        studies.build("auto_attack", version="standrad")
+    with pytest.raises(errors.UserError, match="together is 0"):
+        studies.build("auto_attack", together=0)
