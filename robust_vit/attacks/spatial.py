@@ -182,7 +182,8 @@ def looking(
 
 def _grid(counts: tuple[int, int, int]) -> np.ndarray:
     """Points of a grid in [-1, 1]^3, the centre first and the others from the farthest to the nearest."""
-    points = np.asarray(list(itertools.product(*(np.linspace(-1.0, 1.0, count) for count in counts))))
+    axes = (np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1) for count in counts)
+    points = np.asarray(list(itertools.product(*axes)))
     distance = np.sum(points**2, axis=1)
     order = np.argsort(-distance, kind="stable")
     points = points[order][np.sort(distance)[::-1] > 0]
@@ -217,7 +218,8 @@ def roto_translation(
     Args:
       shift: largest shift, in fractions of the image's width and height.
       degrees: largest turn, to either side.
-      grid: how many shifts to the right, shifts down and turns, evenly spaced from limit to limit; odd numbers hold zero.
+      grid: how many shifts to the right, shifts down and turns, evenly spaced from limit to limit; odd numbers hold zero, and
+        1 is zero alone.
       tries: random draws in place of the grid, uniform within the limits.
       padding: `zeros`, `edge` or `reflect`: what comes in from beyond the image.
       together: transforms of one step, as one batch.

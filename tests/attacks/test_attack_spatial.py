@@ -111,6 +111,8 @@ def test_the_grid_is_the_paper_s_with_the_farthest_first():
     assert (np.diff(distance[1:]) < 1e-5).all()
     np.testing.assert_allclose(distance[1:9], 3.0, rtol=1e-5)
     assert attacks.build("roto_translation", grid=(2, 2, 2)).transforms == 9  # No centre: it is one more.
+    turns = _parameters(attacks.build("roto_translation", grid=(1, 1, 3)), np.arange(3))
+    np.testing.assert_allclose(turns, [[0, 0, 0], [0, 0, -30], [0, 0, 30]])
 
 
 def test_draws_are_uniform_within_the_limits_and_more_of_them_are_no_weaker():
