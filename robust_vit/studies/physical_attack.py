@@ -68,20 +68,12 @@ class PhysicalAttack(study.Study):
 
     def __post_init__(self):
         super().__post_init__()
-        entry = self._entry
-        if not entry.is_bounded:
-            raise errors.UserError(
-                f"attack {self.attack!r} seeks the nearest success, which no channel leaves as it is: use 'pgd'."
-            )
+        attack_entries.parse((self.attack,))
         if not self.strengths or self.strengths[0] < 0 or list(self.strengths) != sorted(set(self.strengths)):
             raise errors.UserError(f"strengths is {self.strengths}: give numbers from 0 in rising order.")
         arguments.counts(samples=self.samples)
         if self.threat is not None:
             attacks.threat(self.threat)
-
-    @property
-    def _entry(self) -> attack_entries.Entry:
-        return attack_entries.parse((self.attack,))[0]
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs a threat model and a model that can be differentiated."""
@@ -92,7 +84,11 @@ class PhysicalAttack(study.Study):
 
     def _built(self, subject: study.Subject) -> Any:
         threat = attacks.threat(self.threat or subject.threat)
-        attack = self._entry.build(threat.norm, threat.epsilon)
+        attack = attack_entries.parse((self.attack,))[0].build(threat.norm, threat.epsilon)
+        if attack.minimal:
+            raise errors.UserError(
+                f"attack {self.attack!r} seeks the nearest success, which no channel leaves as it is: use 'pgd'."
+            )
         return attack.replace(stop_on_success=False) if hasattr(attack, "stop_on_success") else attack
 
     def _models(self, subject: study.Subject) -> dict[str, Any]:
