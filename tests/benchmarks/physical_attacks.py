@@ -54,7 +54,7 @@ def main() -> None:
         options = {"steps": arguments.steps, "target": arguments.target, "shape": "square", "batch": 32}
         study = studies.build("patch_attack", examples=arguments.images, **options)
     else:
-        study = studies.build("physical_attack", examples=arguments.images, batch=32, threat="cifar10/linf-2")
+        study = studies.build("physical_attack", examples=arguments.images, batch=32, threat="cifar10/linf-2", blur=0.5)
     findings = {}
     for name in arguments.models:
         begin = time.perf_counter()

@@ -72,6 +72,9 @@ def test_what_a_photograph_destroys_are_attacks_that_worked():
     summary = study.summarise(harmless)
     assert summary["kinds"]["digital"]["photographs"][0]["destruction"] is None
     assert "nothing that the channel could destroy" in summary["caveats"][-1]
+    assert not any("keeps" in caveat for caveat in summary["caveats"])
+    blurred = {**records, "photograph/clean": np.full((4, 2), 2, np.int32)}
+    assert "keeps 33% of its accuracy" in study.summarise(blurred)["caveats"][1]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,7 @@ def test_what_a_photograph_destroys_are_attacks_that_worked():
         ("physical_attack", {"attack": "pdg"}, "did you mean 'pgd'"),
         ("physical_attack", {"strengths": ()}, "rising order"),
         ("physical_attack", {"samples": 0}, "samples is 0"),
+        ("physical_attack", {"blur": -1.0}, "blur is"),
         ("physical_attack", {"threat": "cifar10/linf8"}, "threat model"),
     ],
 )
