@@ -56,6 +56,7 @@ ATTACKS = {
 
 Attack = skeleton.Attack
 AttackResult = skeleton.AttackResult
+Channel = channel.Channel
 Guard = guards.Guard
 NORMS = norms.NORMS
 Report = checks.Report
