@@ -25,6 +25,7 @@ from robust_vit.attacks import (
     runner,
     skeleton,
     smoothing,
+    storage,
     suites,
     threats,
     universal,
@@ -77,10 +78,12 @@ expectation = expectations.expectation
 fit_detector = detectors.fit
 fit_patch = patch.fit
 fit_universal = universal.fit
+load = storage.load
 planted = planting.planted
 print_photo = channel.print_photo
 programs = skeleton.programs
 run = runner.run
+save = storage.save
 smooth = smoothing.smooth
 threat = threats.threat
 views = cameras.views

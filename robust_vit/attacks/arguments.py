@@ -59,6 +59,13 @@ def positive(**values: float | jax.Array) -> None:
             raise errors.UserError(f"{name} is {value}: expected a positive number.")
 
 
+def shares(**values: float | jax.Array) -> None:
+    """Refuses values that are not between 0 and 1, both ends excluded, by name."""
+    for name, value in values.items():
+        if not (np.all(np.asarray(value) > 0) and np.all(np.asarray(value) < 1)):
+            raise errors.UserError(f"{name} is {value}: expected a number between 0 and 1.")
+
+
 def number(value: float | jax.Array) -> np.generic | jax.Array:
     """The value as a leaf of an attack: a NumPy scalar, since a Python float is weakly typed and so another program."""
     if isinstance(value, jax.Array):

@@ -7,9 +7,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_vit import losses
+from robust_vit import errors, losses
 from robust_vit.attacks import arguments, evaluation, minimal, norms, skeleton, threats
 
 _DECAY, _SQUARE_DECAY, _ADAM_FLOOR = 0.9, 0.999, 1e-8
@@ -168,7 +169,8 @@ def carlini_wagner(
     epsilon, norm = minimal.ball("carlini_wagner", epsilon, norm, threat, ("l2",))
     arguments.counts(steps=steps, rounds=rounds)
     arguments.positive(learning_rate=learning_rate, start_weight=start_weight)
-    arguments.positive(**{"confidence + 1": confidence + 1})
+    if not np.all(np.isfinite(confidence)) or np.any(np.asarray(confidence) < 0):
+        raise errors.UserError(f"confidence is {confidence}: expected a number from 0, in logits.")
     return CarliniWagner(
         epsilon=epsilon,
         norm=norm,

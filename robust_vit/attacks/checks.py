@@ -83,7 +83,7 @@ def follow(
     attack: skeleton.Attack, model: skeleton.Model, keys: jax.Array, images: jax.Array, labels: jax.Array
 ) -> guards.Path:
     """Runs an attack and looks at every iterate: what the attack costs, and a forward pass a step besides."""
-    state = jax.tree.map(jnp.copy, attack.init(keys, images, labels))
+    state = jax.tree.map(jnp.copy, skeleton.start(attack, keys, images, labels))
     looks = [_look(attack, model, state)]
     for _ in range(attack.evaluations):
         state = loops.repeat(skeleton.advance, state, 1, attack, model, donate=True)

@@ -207,7 +207,8 @@ def fab_t(
 def _build(name, epsilon, norm, threat, steps, restarts, bias, overshoot, retreat, **options) -> skeleton.Attack:
     epsilon, norm = minimal.ball(name, epsilon, norm, threat, ("linf", "l2", "l1"))
     arguments.counts(steps=steps, restarts=restarts)
-    arguments.positive(bias=bias, overshoot=overshoot, retreat=retreat)
+    arguments.shares(bias=bias, retreat=retreat)
+    arguments.positive(overshoot=overshoot)
     return FastAdaptiveBoundary(
         epsilon=epsilon,
         norm=norm,

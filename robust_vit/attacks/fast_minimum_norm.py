@@ -141,7 +141,8 @@ def ddn(
     arguments.counts(steps=steps)
     if levels is not None:
         arguments.counts(least=2, levels=levels)
-    arguments.positive(start_radius=start_radius, radius_change=radius_change)
+    arguments.positive(start_radius=start_radius)
+    arguments.shares(radius_change=radius_change)
     return DecoupledDirection(
         epsilon=epsilon,
         norm=norm,
@@ -181,7 +182,8 @@ def fmn(
     """
     epsilon, norm = minimal.ball("fmn", epsilon, norm, threat, ("linf", "l2", "l1"))
     arguments.counts(steps=steps)
-    arguments.positive(step_size=step_size, radius_change=radius_change)
+    arguments.positive(step_size=step_size)
+    arguments.shares(radius_change=radius_change)
     return FastMinimumNorm(
         epsilon=epsilon,
         norm=norm,

@@ -23,10 +23,8 @@ from robust_vit.metrics import statistics
 
 VANISHED = 0.01  # Share of images without a usable gradient that is too many.
 UNSTABLE = 0.5  # Mean relative change of the margin among neighbours in the ball; healthy models stay well below.
-MOVING = (
-    0.05  # Of its whole range, what a loss that has converged does not gain in its last steps (Pintor et al. 2022).
-)
-LAST = 10  # Those steps.
+LAST = 10  # The last steps, in which a loss that has converged gains no more than
+MOVING = 0.05  # of its whole range (Pintor et al. 2022).
 UNFINISHED = 0.1  # Share of unbroken images whose loss may still move.
 WEAKER = 0.002  # Accuracy by which a black box may beat the white boxes (AutoAttack's `check_square_sr`).
 LEFT = 0.05  # Accuracy that attacks without a bound may leave.

@@ -326,6 +326,32 @@ def test_deep_fool_steps_to_the_nearest_of_all_boundaries():
                     np.testing.assert_allclose(after.images[row], wanted, atol=1e-9)
 
 
+def test_fab_moves_between_the_ways_of_the_image_and_of_the_clean_one():
+    """Away from the box a way to a hyperplane is along its normal; each example is biased by its own two lengths."""
+    with jax.enable_x64(True):
+        model = _model(dtype=np.float64)
+        rng = np.random.default_rng(8)
+        clean = 0.5 + 0.02 * rng.normal(size=(6, *SHAPE))
+        images = clean + 0.02 * rng.normal(size=clean.shape) * np.array([0, 0.1, 0.3, 1, 2, 3])[:, None, None, None]
+        labels = _predict(model, clean)
+        attack = attacks.build("fab_t", norm="l2", targets=1, bias=0.4)
+        state = attack.init(KEYS, jnp.asarray(clean), jnp.asarray(labels)).replace(images=jnp.asarray(images))
+        choose = lambda logits: attack._choose(state, logits)  # noqa: E731
+        found = boundaries.linearise(model, state.images, KEYS, state.labels, choose)
+        moved = attack._move(state, found)
+        for row in range(6):
+            normal, gap = np.asarray(found.normals[row, 0]), float(found.gaps[row, 0])
+            ways = [
+                (gap + float((normal * (images[row] - start)).sum())) / (normal**2).sum() * normal
+                for start in (images[row], clean[row])
+            ]
+            lengths = [np.linalg.norm(way) for way in ways]
+            share = min(lengths[0] / sum(lengths), 0.4)
+            wanted = (1 - share) * (images[row] + 1.05 * ways[0]) + share * (clean[row] + 1.05 * ways[1])
+            assert 0 < wanted.min() < wanted.max() < 1
+            np.testing.assert_allclose(moved[row], wanted, atol=1e-12)
+
+
 def test_random_starts_of_fab_lie_at_half_the_radius():
     for norm, radius in (("linf", 0.3), ("l2", 1.0), ("l1", 5.0)):
         for epsilon in (None, 0.2):
@@ -378,9 +404,12 @@ def test_a_success_of_fab_goes_back_towards_the_clean_image():
         ("ddn", {"norm": "linf"}, "minimises l2"),
         ("deep_fool", {"norm": "l1"}, "fab and fmn"),
         ("carlini_wagner", {"threat": "cifar10/linf-8"}, "minimises l2"),
-        ("carlini_wagner", {"confidence": -1.0}, "confidence"),
+        ("carlini_wagner", {"confidence": -0.5}, "confidence"),
         ("fmn", {"norm": "linf", "epsilon": 8}, "8/255"),
         ("fmn", {"steps": 0}, "whole number"),
+        ("fmn", {"radius_change": 1.0}, "between 0 and 1"),
+        ("ddn", {"radius_change": 0.0}, "between 0 and 1"),
+        ("fab", {"retreat": float("nan")}, "between 0 and 1"),
         ("ddn", {"levels": 1}, "from 2"),
         ("fab", {"candidates": 1}, "from 2"),
         ("fab_t", {"targets": 0}, "whole number"),

@@ -125,9 +125,9 @@ def test_on_brightness_the_best_patch_is_known_for_targets_and_ensembles():
     padded = [
         {"image": np.where(mask[:, None, None, None], images, np.nan), "label": 1 - mask.astype(np.int32), "mask": mask}
     ]
-    black = attacks.fit_patch(models[0], padded, jax.random.key(1), target=1, **options)
+    black = attacks.fit_patch(models, padded, jax.random.key(1), target=1, **options)
     np.testing.assert_allclose(black.texture, 1.0, atol=1e-3)
-    still = attacks.fit_patch(models[0], padded, jax.random.key(1), target=0, **options)
+    still = attacks.fit_patch(models, padded, jax.random.key(1), target=0, **options)
     np.testing.assert_array_equal(still.texture, 0.5)
 
 
