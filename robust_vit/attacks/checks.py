@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from robust_vit import errors, loops, tables
-from robust_vit.attacks import arguments, evaluation, gradient, guards, inputs, norms, runner, skeleton, threats
+from robust_vit.attacks import arguments, evaluation, gradient, guards, inputs, norms, runner, skeleton, square, threats
 from robust_vit.metrics import statistics
 
 
@@ -83,7 +83,7 @@ def follow(
     attack: skeleton.Attack, model: skeleton.Model, keys: jax.Array, images: jax.Array, labels: jax.Array
 ) -> guards.Path:
     """Runs an attack and looks at every iterate: what the attack costs, and a forward pass a step besides."""
-    state = jax.tree.map(jnp.copy, attack.init(keys, images, labels))
+    state = jax.tree.map(jnp.copy, skeleton.start(attack, keys, images, labels))
     looks = [_look(attack, model, state)]
     for _ in range(attack.evaluations):
         state = loops.repeat(skeleton.advance, state, 1, attack, model, donate=True)
@@ -103,6 +103,7 @@ def check(
     white_box: Mapping[str, skeleton.Attack] | None = None,
     black_box: Mapping[str, skeleton.Attack] | None = None,
     steps: int = 50,
+    queries: int = 500,
     multiples: Sequence[float] = (0.5, 2.0),
     neighbours: int = 100,
     rows: Int[np.ndarray, " batch"] | None = None,
@@ -111,7 +112,7 @@ def check(
     """Looks for every known sign of false robustness on a batch of images.
 
     Cost, in passes of the batch: `neighbours` and a dozen forward ones, and each white-box attack at epsilon, at its multiples
-    and without a bound: with the defaults about 630 forward and 420 backward passes at most. 64 to 256 images tell enough.
+    and without a bound: with the defaults about 1,100 forward and 420 backward passes at most. 64 to 256 images tell enough.
 
     Args:
       model: canonical pixels to logits.
@@ -121,8 +122,10 @@ def check(
       epsilon: radius of the ball, in pixel units.
       norm: of the ball; the maximum norm where neither it nor `threat` is given.
       white_box: bounded or minimal attacks by name; PGD on the cross-entropy and on the margin by default.
-      black_box: attacks that ask for logits alone, by name; they should be no stronger than the white boxes.
+      black_box: attacks that ask for logits alone, by name, which should be no stronger than the white boxes; Square by
+        default, in the norms that it knows.
       steps: of the default white boxes.
+      queries: of the default black box.
       multiples: of epsilon, at which the white boxes are run besides: accuracy may not rise with epsilon.
       neighbours: random ones in the ball, among which the loss should be steady.
       rows: ids of the images, from which the keys are drawn; positions by default.
@@ -155,7 +158,7 @@ def check(
     ]
     whole = float(ball.measure(jnp.ones_like(images[:1]))[0]) / float(radius)  # A ball that holds every image.
     broken, unbounded, results = {}, np.zeros_like(right), []
-    for name, attack in (_default(radius, ball, steps) if white_box is None else white_box).items():
+    for name, attack in (_white_box(radius, ball, steps) if white_box is None else white_box).items():
         path = follow(bench.sized(attack, 1.0), model, keys, images, labels)
         at = {1.0: path.result} | {size: bench.run(attack, size, path.result) for size in (*multiples, whole)}
         results += at.values()
@@ -169,7 +172,7 @@ def check(
         ]
     found.append(guards.unbounded(unbounded))
     white = np.logical_or.reduce(list(broken.values()))
-    for name, attack in (black_box or {}).items():
+    for name, attack in (_black_box(radius, ball, queries) if black_box is None else black_box).items():
         results.append(bench.run(attack, 1.0))
         broken[name] = bench.broken(results[-1], 1.0)
         found.append(guards.black_box(name, broken[name], white))
@@ -215,11 +218,17 @@ class _Bench:
         return (np.asarray(result.success) & inside) | ~self.right
 
 
-def _default(radius: Any, ball: norms.Norm, steps: int) -> dict[str, skeleton.Attack]:
+def _white_box(radius: Any, ball: norms.Norm, steps: int) -> dict[str, skeleton.Attack]:
     return {
         f"pgd {loss}": gradient.pgd(epsilon=radius, norm=ball, steps=steps, loss=loss)
         for loss in ("cross_entropy", "margin")
     }
+
+
+def _black_box(radius: Any, ball: norms.Norm, queries: int) -> dict[str, skeleton.Attack]:
+    if ball not in (norms.LINF, norms.L2):
+        return {}
+    return {"square": square.square(epsilon=radius, norm=ball, queries=queries)}
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -22,10 +23,8 @@ from robust_vit.metrics import statistics
 
 VANISHED = 0.01  # Share of images without a usable gradient that is too many.
 UNSTABLE = 0.5  # Mean relative change of the margin among neighbours in the ball; healthy models stay well below.
-MOVING = (
-    0.05  # Of its whole range, what a loss that has converged does not gain in its last steps (Pintor et al. 2022).
-)
-LAST = 10  # Those steps.
+LAST = 10  # The last steps, in which a loss that has converged gains no more than
+MOVING = 0.05  # of its whole range (Pintor et al. 2022).
 UNFINISHED = 0.1  # Share of unbroken images whose loss may still move.
 WEAKER = 0.002  # Accuracy by which a black box may beat the white boxes (AutoAttack's `check_square_sr`).
 LEFT = 0.05  # Accuracy that attacks without a bound may leave.
@@ -184,9 +183,9 @@ def unbounded(broken: np.ndarray) -> Guard:
 
 
 def black_box(name: str, black: np.ndarray, white: np.ndarray) -> Guard:
-    """Whether an attack that asks for logits alone breaks more than all that use gradients."""
+    """Whether an attack that asks for logits alone breaks more than all that use gradients, beyond chance."""
     value = float(black.mean() - white.mean())
-    fired = value > WEAKER
+    fired = value > WEAKER and statistics.mcnemar(white, black).p_value < CHANCE
     detail = f"{name} breaks {black.mean():.1%} of the images without gradients, the white boxes {white.mean():.1%} with them"
     remedy = ": the gradients mislead; adapt the attack to the defence, or give the black box more queries"
     return Guard(f"black box/{name}", fired, detail + remedy * fired, value)
@@ -201,7 +200,9 @@ def _margin(model: skeleton.Model, keys: jax.Array, images: jax.Array, labels: j
 def _vanished(
     loss: Callable, model: skeleton.Model, keys: jax.Array, images: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    return evaluation.ascent(loss, model, images, keys, labels).vanished
+    found = evaluation.ascent(loss, model, images, keys, labels)
+    # Where the model is wrong already no gradient is needed: of three classes, DLR has none where the true one comes last.
+    return found.vanished & (jnp.argmax(found.logits, axis=-1) == labels)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -98,7 +98,7 @@ def check_model(
 
     def ask(batch: np.ndarray) -> np.ndarray:
         given = meshes.put_global(mesh, (batch, np.arange(len(batch), dtype=np.uint32)))
-        return np.asarray(meshes.fetch(_logits(model, *given)), np.float64)
+        return np.asarray(meshes.fetch(_answers(model, *given)), np.float64)
 
     logits = ask(images)
     if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
@@ -181,7 +181,7 @@ def difference(first: Float[np.ndarray, "batch classes"], second: Float[np.ndarr
 
 
 @jax.jit
-def _logits(model: evaluation.Model, images: jax.Array, rows: jax.Array) -> jax.Array:
+def _answers(model: evaluation.Model, images: jax.Array, rows: jax.Array) -> jax.Array:
     # An example's draws are its own: of a model that declares itself random, the same in every pass.
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), rows)
     return evaluation.logits(model, images, keys)

@@ -130,6 +130,22 @@ def fit(
       errors.UserError: a shape, area, target or batch that makes no sense.
     """
     models = tuple(models) if isinstance(models, list | tuple) else (models,)
+    check(shape=shape, areas=areas, rotation=rotation, steps=steps, learning_rate=learning_rate)
+    stream = fitting.Batches(batches, models)
+    goal = stream.goal(target)
+    patch, moments = blank(stream.image_shape, shape=shape, area=areas[1], rotation=rotation, side=side)
+    numbers = options(areas=areas, learning_rate=learning_rate, transform=transform)
+    for step, batch in stream.take(steps, target):
+        patch, moments = learn(goal, patch, moments, models, jax.random.fold_in(key, step), batch, numbers)
+    return patch
+
+
+def check(*, shape: str, areas: tuple[float, float], rotation: float, steps: int, learning_rate: float) -> None:
+    """Refuses settings of `fit` that make no sense.
+
+    Raises:
+      errors.UserError: one of them.
+    """
     arguments.counts(steps=steps)
     arguments.positive(learning_rate=learning_rate)
     if shape not in SHAPES:
@@ -141,39 +157,55 @@ def fit(
         )
     if not 0 <= rotation <= 180:
         raise errors.UserError(f"rotation is {rotation}: expected degrees to either side, 0 to 180.")
-    stream = fitting.Batches(batches, models)
-    goal = stream.goal(target)
-    height, width, channels = stream.image_shape
-    if side is None:
-        side = max(2, int(np.ceil(2 * float(half_side(shape, areas[1], height, width)))))
-    arguments.counts(side=side)
-    texture = jnp.full((side, side, channels), 0.5, jnp.float32)
-    patch = Patch(texture=texture, rotation=arguments.number(rotation), shape=shape)
-    moments = optax.scale_by_adam().init(texture)
-    options = {
+
+
+def options(*, areas: tuple[float, float], learning_rate: float, transform: Callable | None) -> dict[str, Any]:
+    """What each step of `learn` is given beside patch, models and batch, as leaves."""
+    return {
         "areas": tuple(arguments.number(area) for area in areas),
         "learning_rate": arguments.number(learning_rate),
         "transform": expectations.as_pytree(transform),
     }
-    for step, batch in stream.take(steps, target):
-        patch, moments = _step(patch, moments, models, jax.random.fold_in(key, step), batch, options, goal)
-    return patch
 
 
-@functools.partial(jax.jit, static_argnames="goal")
-def _step(
-    patch: Patch, moments: Any, models: tuple, key: jax.Array, batch: fitting.Batch, options: dict, goal: skeleton.Goal
+def blank(
+    image_shape: tuple[int, int, int], *, shape: str, area: float, rotation: float, side: int | None = None
 ) -> tuple[Patch, Any]:
-    """One step of Adam along the mean gradient over the batch and the models."""
+    """A grey patch, and Adam's moments of it, before anything is learned.
+
+    Args:
+      image_shape: height, width and channels of the images.
+      shape: `circle` or `square`.
+      area: the largest share of an image that it will cover, for which it has pixels enough where `side` is None.
+      rotation: largest angle to either side, in degrees.
+      side: of the texture in pixels.
+
+    Raises:
+      errors.UserError: a side that is no whole number from 1.
+    """
+    height, width, channels = image_shape
+    if side is None:
+        side = max(2, int(np.ceil(2 * float(half_side(shape, area, height, width)))))
+    arguments.counts(side=side)
+    texture = jnp.full((side, side, channels), 0.5, jnp.float32)
+    patch = Patch(texture=texture, rotation=arguments.number(rotation), shape=shape)
+    return patch, optax.scale_by_adam().init(texture)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def learn(
+    goal: skeleton.Goal, patch: Patch, moments: Any, models: tuple, key: jax.Array, batch: fitting.Batch, numbers: dict
+) -> tuple[Patch, Any]:
+    """One step of Adam along the mean gradient over the batch and the models, compiled; `fit` makes its arguments."""
     keys = jax.random.split(key, len(batch.images))
-    low, high = options["areas"]
+    low, high = numbers["areas"]
     draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _AREA), (), batch.images.dtype))
     areas = low + (high - low) * draw(keys)
 
     def lay(texture: jax.Array) -> jax.Array:
         laid = patch.replace(texture=texture).apply(keys, batch.images, areas)
-        if options["transform"] is not None:
-            laid = options["transform"](jax.vmap(lambda key: jax.random.fold_in(key, _CHANNEL))(keys), laid)
+        if numbers["transform"] is not None:
+            laid = numbers["transform"](jax.vmap(lambda key: jax.random.fold_in(key, _CHANNEL))(keys), laid)
         return laid
 
     laid, pull = jax.vjp(lay, patch.texture)
@@ -182,7 +214,7 @@ def _step(
     )
     (gradient,) = pull(batch.weights[:, None, None, None] * gradients)
     moves, moments = optax.scale_by_adam().update(gradient, moments)
-    texture = patch.texture + goal.direction * options["learning_rate"] * moves
+    texture = patch.texture + goal.direction * numbers["learning_rate"] * moves
     return patch.replace(texture=jnp.clip(texture, 0.0, 1.0)), moments
 
 

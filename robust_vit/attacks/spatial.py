@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_vit import errors
+from robust_vit import classifier, errors
+from robust_vit import mesh as meshes
 from robust_vit.attacks import arguments, evaluation, norms, skeleton, warps
 
 
@@ -27,17 +28,19 @@ class State(skeleton.State, kw_only=True):
 
 
 class Landscape(NamedTuple):
-    """What the model does under every transform of a `RotoTranslation`, from `landscape`.
+    """What the model does under transforms of a `RotoTranslation`.
 
     Attributes:
       parameters: shift to the right and down, in fractions of width and height, and degrees counterclockwise.
+      prediction: the class.
       loss: in the attack's own loss.
       reached: the goal is.
     """
 
-    parameters: Float[np.ndarray, "transforms batch 3"]
-    loss: Float[np.ndarray, "transforms batch"]
-    reached: Bool[np.ndarray, "transforms batch"]
+    parameters: Float[Array, "transforms batch 3"]
+    prediction: Int[Array, "transforms batch"]
+    loss: Float[Array, "transforms batch"]
+    reached: Bool[Array, "transforms batch"]
 
 
 class RotoTranslation(skeleton.Attack, kw_only=True):
@@ -108,8 +111,9 @@ class RotoTranslation(skeleton.Attack, kw_only=True):
 
     def step(self, model: skeleton.Model, state: State) -> State:
         """Looks at the next `together` transforms. `together` forward passes."""
-        images, _, loss, reached = self.look(model, state.keys, state.clean, state.labels, state.count)
-        value = (self.goal.direction * loss).astype(state.highest.dtype)
+        images, seen = self.look(model, state.keys, state.clean, state.labels, state.count)
+        value = (self.goal.direction * seen.loss).astype(state.highest.dtype)
+        reached = seen.reached
         if self.stop_on_success:
             best = jnp.where(jnp.any(reached, axis=0), jnp.argmax(reached, axis=0), jnp.argmax(value, axis=0))
         else:
@@ -129,18 +133,19 @@ class RotoTranslation(skeleton.Attack, kw_only=True):
 
     def look(
         self, model: skeleton.Model, keys: jax.Array, images: jax.Array, labels: jax.Array, steps: Int[Array, " batch"]
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Images, parameters, losses and successes, `[together, batch, ...]`, of the transforms of a step of each example.
+    ) -> tuple[Float[Array, "together batch height width channels"], Landscape]:
+        """The transforms of a step of each example, and what the model does under them. `together` forward passes.
 
         The last step looks at the last transform again where `together` does not divide their number.
         """
         numbers = steps[None] * self.together + jnp.arange(self.together)[:, None]
         numbers = jnp.minimum(numbers, self.transforms - 1)
         parameters = jax.vmap(self.parameters, in_axes=(None, 0))(keys, numbers)
-        warped = jax.vmap(self.transform, in_axes=(None, 0))(images, parameters)
-        logits = evaluation.widened(model, warped, keys, steps)
+        images = jax.vmap(self.transform, in_axes=(None, 0))(images, parameters)
+        logits = evaluation.widened(model, images, keys, steps)
         loss = jax.vmap(self.loss, in_axes=(0, None))(logits, labels)
-        return warped, parameters, loss, jax.vmap(self.achieves, in_axes=(0, None))(logits, labels)
+        reached = jax.vmap(self.achieves, in_axes=(0, None))(logits, labels)
+        return images, Landscape(parameters, jnp.argmax(logits, axis=-1), loss, reached)
 
 
 def landscape(
@@ -150,26 +155,35 @@ def landscape(
     images: Float[Array, "batch height width channels"],
     labels: Int[Array, " batch"],
 ) -> Landscape:
-    """Loss and success under every transform, in NumPy: with the parameters that an `AttackResult` has no room for.
+    """What the model, in float32, does under every transform, in NumPy: with the parameters that an `AttackResult` lacks.
 
     Cost: as many forward passes as there are transforms, rounded up to whole steps of `attack.together`.
     """
     parts = [
-        jax.tree.map(np.asarray, looking(attack, model, keys, images, labels, np.int32(step)))
-        for step in range(attack.evaluations)
+        meshes.fetch(looking(attack, model, keys, images, labels, np.int32(step))) for step in range(attack.evaluations)
     ]
     return Landscape(*(np.concatenate(columns)[: attack.transforms] for columns in zip(*parts, strict=True)))
 
 
 @jax.jit
-def looking(attack, model, keys, images, labels, step):
-    """Parameters, losses and successes of one step of `landscape`, compiled."""
-    return attack.look(model, keys, images, labels, jnp.broadcast_to(step, labels.shape))[1:]
+def looking(
+    attack: RotoTranslation,
+    model: skeleton.Model,
+    keys: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    step: jax.Array,
+) -> Landscape:
+    """One step of `landscape`, compiled."""
+    with jax.default_matmul_precision("highest"):
+        steps = jnp.broadcast_to(step, labels.shape)
+        return attack.look(classifier.in_float32(model), keys, images, labels, steps)[1]
 
 
 def _grid(counts: tuple[int, int, int]) -> np.ndarray:
     """Points of a grid in [-1, 1]^3, the centre first and the others from the farthest to the nearest."""
-    points = np.asarray(list(itertools.product(*(np.linspace(-1.0, 1.0, count) for count in counts))))
+    axes = (np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1) for count in counts)
+    points = np.asarray(list(itertools.product(*axes)))
     distance = np.sum(points**2, axis=1)
     order = np.argsort(-distance, kind="stable")
     points = points[order][np.sort(distance)[::-1] > 0]
@@ -204,7 +218,8 @@ def roto_translation(
     Args:
       shift: largest shift, in fractions of the image's width and height.
       degrees: largest turn, to either side.
-      grid: how many shifts to the right, shifts down and turns, evenly spaced from limit to limit; odd numbers hold zero.
+      grid: how many shifts to the right, shifts down and turns, evenly spaced from limit to limit; odd numbers hold zero, and
+        1 is zero alone.
       tries: random draws in place of the grid, uniform within the limits.
       padding: `zeros`, `edge` or `reflect`: what comes in from beyond the image.
       together: transforms of one step, as one batch.

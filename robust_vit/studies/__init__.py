@@ -22,8 +22,12 @@ STUDIES = {
     "auto_attack": "robust_vit.studies.auto_attack:AutoAttack",
     "boundary_travel": "robust_vit.studies.boundary_travel:BoundaryTravel",
     "calibration": "robust_vit.studies.calibration:Calibration",
+    "certificate": "robust_vit.studies.certificate:Certificate",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
+    "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",
+    "physical_attack": "robust_vit.studies.physical_attack:PhysicalAttack",
+    "spatial_attack": "robust_vit.studies.spatial_attack:SpatialAttack",
     "transfer": "robust_vit.studies.transfer:Transfer",
 }
 

@@ -255,8 +255,9 @@ class AttackCurve(study.Study):
         sizes = sorted({size for finding in findings.values() for size in finding.summary["epsilons"]})
         rows = []
         for run, finding in findings.items():
-            for attack, points in finding.summary["curves"].items():
-                by_size = {point["epsilon"]: point for point in points}
+            curves = finding.summary["curves"]
+            for attack in (*filter(curves.get, self.attacks), "worst case"):
+                by_size = {point["epsilon"]: point for point in curves[attack]}
                 cells = [study.number(by_size.get(size), ".1%") for size in sizes]
                 rows.append((run, attack, study.number(finding.summary["clean"], ".1%"), *cells))
         norm = next(iter(findings.values())).summary["norm"] if findings else ""

@@ -14,6 +14,14 @@ import numpy as np
 from robust_vit import attacks, errors, mesh, registry
 
 _FIXED = ("epsilon", "norm", "threat", "goal")  # What the study chooses.
+# Names that are no acronyms, as their authors write them.
+_WRITTEN = {
+    "adam": "Adam",
+    "carlini_wagner": "Carlini-Wagner",
+    "deep_fool": "DeepFool",
+    "hop_skip_jump": "HopSkipJump",
+    "square": "Square",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +42,8 @@ class Entry:
     def label(self) -> str:
         """As figures and sentences call it: "PGD", "PGD (steps=40)"."""
         inner = self.text.partition("(")[2].rpartition(")")[0].strip()
-        return self.name.upper().replace("_", "-") + (f" ({inner})" if inner else "")
+        name = _WRITTEN.get(self.name, self.name.upper().replace("_", "-"))
+        return f"{name} ({inner})" if inner else name
 
     def build(self, norm: Any, epsilon: float, **defaults: Any) -> attacks.Attack:
         """The attack; a minimal one, which could stop at the first success within epsilon, goes on to the nearest.

@@ -40,7 +40,7 @@ def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) ->
       attacks: key in the summary's curves -> label, weakest first.
     """
     with plots.style():
-        figure, axes = plots.figure(width=6.8, height=4.0)
+        figure, axes = plots.figure(width=7.6, height=4.0)
         axis = axes[0, 0]
         dashes = {name: _DASHES[(len(attacks) - 1 - i) % len(_DASHES)] for i, name in enumerate(attacks)}
         for index, finding in enumerate(findings.values()):
@@ -80,10 +80,11 @@ def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) ->
         axis.annotate(
             f"ε = {size_text(summary['epsilon'])}",
             (summary["epsilon"], 1.0),
-            (4, -2),
+            (0, 4),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            va="top",
+            ha="center",
+            va="bottom",
             fontsize=9,
         )
         axis.set_ylim(0, 1)
@@ -101,7 +102,8 @@ def curves(findings: Mapping[str, study.Finding], attacks: Mapping[str, str]) ->
             lines.Line2D([], [], color=plots.INK, linestyle=dashes[name], label=label)
             for name, label in reversed(attacks.items())
         ]
-        axis.legend(handles=handles, loc="upper right")
+        # Beside the curves: with many attacks there is no corner that all of them leave free.
+        axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
@@ -175,7 +177,7 @@ def matrix(
                         (column - 0.47, row - 0.45),
                         0.94,
                         0.9,
-                        facecolor=(*colors.to_rgb(plots.color(0)), 0.08 + 0.8 * entry["value"]),
+                        facecolor=(*colors.to_rgb(plots.color(0)), 0.06 + 0.6 * entry["value"]),
                         edgecolor=plots.INK if own else "none",
                         linewidth=1.2,
                     )

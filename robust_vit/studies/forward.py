@@ -65,6 +65,17 @@ def examples(subject: study.Subject, batch: Mapping[str, np.ndarray]) -> tuple[j
     return *placed[:2], attacks.example_keys(subject.seed, placed[2])
 
 
+def training_examples(stream: Any, start: int, count: int) -> dict[str, np.ndarray]:
+    """Examples `start` to `start + count` of an endless stream, whatever its own batch size is."""
+    size = stream.batch_size
+    batches = [stream.batch(step) for step in range(start // size, (start + count - 1) // size + 1)]
+    offset = start % size
+    return {
+        name: np.concatenate([np.asarray(batch[name]) for batch in batches])[offset : offset + count]
+        for name in ("image", "label", "row")
+    }
+
+
 def not_differentiable(subject: study.Subject) -> str | None:
     """Why JAX cannot differentiate the model in its pixels; None where it can. From shapes alone."""
     try:

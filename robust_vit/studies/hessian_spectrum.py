@@ -151,7 +151,7 @@ class HessianSpectrum(study.Study):
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Eigenvalues, residuals and the loss of one mini-batch: one record."""
-        batch = _examples(subject.train, index * self.batch, self.batch)
+        batch = forward.training_examples(subject.train, index * self.batch, self.batch)
         # Half precision would make every small eigenvalue noise, so the float32 twin is what is differentiated.
         classifier = classifiers.in_float32(subject.classifier)
         inputs = subject.put({"image": batch["image"], "label": batch["label"]})
@@ -276,17 +276,6 @@ class HessianSpectrum(study.Study):
 @functools.partial(jax.jit, static_argnums=0)
 def _value(loss: MeanLoss, classifier: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     return loss(classifier.params, batch, classifier)
-
-
-def _examples(stream: Any, start: int, count: int) -> dict[str, np.ndarray]:
-    """Examples `start` to `start + count` of an endless stream, whatever its own batch size is."""
-    size = stream.batch_size
-    batches = [stream.batch(step) for step in range(start // size, (start + count - 1) // size + 1)]
-    offset = start % size
-    return {
-        name: np.concatenate([np.asarray(batch[name]) for batch in batches])[offset : offset + count]
-        for name in ("image", "label", "row")
-    }
 
 
 def _ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:

@@ -168,14 +168,16 @@ class LossProgression(study.Study):
 
     def headline(self, finding: study.Finding) -> dict[str, tables.Number]:
         """The mean loss at the end of the first attack."""
-        name, entry = next(iter(finding.summary["curves"].items()))
+        name = self.attacks[0]
+        entry = finding.summary["curves"][name]
         return {f"loss after {len(entry['loss']) - 1} steps ({name})": study.number(entry["loss"][-1], ".2f")}
 
     def tables(self, findings: Mapping[str, study.Finding]) -> dict[str, tables.Table]:
         """One row a run and attack: clean, half way and at the end."""
         rows = []
         for run, finding in findings.items():
-            for name, entry in finding.summary["curves"].items():
+            for name in filter(finding.summary["curves"].get, self.attacks):
+                entry = finding.summary["curves"][name]
                 middle = (len(entry["loss"]) - 1) // 2
                 losses = (study.number(entry["loss"][step], ".3f") for step in (0, middle, -1))
                 ends = (study.number(entry["right"][step], ".1%") for step in (0, -1))
@@ -198,7 +200,7 @@ class LossProgression(study.Study):
         if not len(left) or not same or first.summary["curves"].keys() != second.summary["curves"].keys():
             return []
         found = []
-        for name in first.summary["curves"]:
+        for name in self.attacks:
             pair = first.records[f"loss/{name}"][left, -1], second.records[f"loss/{name}"][right, -1]
             difference, test = statistics.paired_difference(*pair), statistics.sign_flip(*pair)
             found.append(study.comparison(f"loss at the end of {name}", difference, test, "+.3f"))

@@ -187,7 +187,8 @@ class Transfer(study.Study):
         names = list(dict.fromkeys(name for finding in findings.values() for name in finding.summary["targets"]))
         rows = []
         for run, finding in findings.items():
-            for text, targets in finding.summary["attacked"].items():
+            for text in filter(finding.summary["attacked"].get, self.attacks):
+                targets = finding.summary["attacked"][text]
                 for key, words in (("rate", "both right"), ("raw", "all")):
                     cells = (targets.get(name, {}).get(key) for name in names)
                     rows.append((run, text, words, *(study.number(cell, ".1%") for cell in cells)))
@@ -209,7 +210,12 @@ class Transfer(study.Study):
         source, target = first.summary["source"], second.summary["source"]
         same = all(first.summary[key] == second.summary[key] for key in ("norm", "epsilon"))
         known = target in first.summary["targets"] and source in second.summary["targets"]
-        if not len(left) or not same or not known or self.attacks != tuple(second.summary["attacked"]):
+        if (
+            not len(left)
+            or not same
+            or not known
+            or first.summary["attacked"].keys() != second.summary["attacked"].keys()
+        ):
             return []
         found = []
         for text in self.attacks:

@@ -55,7 +55,7 @@ def confidence(
             axis.set_xlabel("confidence of the unmoved image")
             # Most images have confidences near one: on this scale 90 %, 99 % and 99.9 % are as far apart.
             axis.set_xscale("logit")
-            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{100 * value:.9g}%"))
+            axis.xaxis.set_major_formatter(ticker.FuncFormatter(_share))
             axis.xaxis.set_minor_locator(ticker.NullLocator())
         axes[0, 0].set_ylim(top=min(1.3 * axes[0, 0].get_ylim()[1], 1.3 * limit))
         axes[0, 0].set_ylabel("ε to the boundary (RMS change of a pixel)")
@@ -91,6 +91,14 @@ def boundary(findings: Mapping[str, study.Finding], jump: float) -> matplotlib_f
                     line[column].set_title(text, **attack_figures.caption(plots.color(index)))
                 attack_figures.side(line[0], f"{run}\n{words}", plots.color(index))
     return figure
+
+
+def _share(value: float, _: int) -> str:
+    """A confidence on the axis: 99.9 %, and beyond that each second power of ten from one, for which there is room."""
+    if value < 0.9995:
+        return f"{100 * value:.3g}%"
+    power = round(-np.log10(1.0 - value))
+    return "" if power % 2 else "1−10⁻" + "⁰¹²³⁴⁵⁶⁷⁸⁹"[power]
 
 
 def _text(records: Mapping[str, np.ndarray], name: str, column: int) -> str:

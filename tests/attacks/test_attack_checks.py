@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import broken_models
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,32 +29,6 @@ class Careless(gradient.ProjectedAscent, kw_only=True):
         return jnp.clip(state.clean + 2.0 * (state.images - state.clean), 0.0, 1.0)
 
 
-class Guessing(skeleton.Attack, kw_only=True):
-    """A black box: random corners of the ball, one a step."""
-
-    epsilon: float
-
-    @property
-    def evaluations(self):
-        return 400
-
-    @property
-    def step_passes(self):
-        return 1, 0
-
-    def step(self, model, state):
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
-        signs = jax.vmap(lambda key: jax.random.rademacher(key, state.clean.shape[1:], jnp.float32))(keys)
-        found = self.achieves(model(state.images), state.labels)
-        moved = self.norm.project(state.clean + self.epsilon * signs, state.clean, self.epsilon)
-        return state.replace(
-            images=skeleton.select(found, state.images, moved),
-            done=found,
-            success=found,
-            best=skeleton.select(found, state.images, state.best),
-        )
-
-
 def _options(**changes):
     return {
         "epsilon": np.float32(EPSILON),
@@ -69,25 +42,29 @@ def _check(defects, **options):
     model = broken_models.build(**defects)
     images = broken_models.images()
     return checks.check(
-        model, images, broken_models.labels(model, images), epsilon=EPSILON, **{"neighbours": 30, **options}
+        model,
+        images,
+        broken_models.labels(model, images),
+        epsilon=EPSILON,
+        **{"neighbours": 30, "queries": 300, **options},
     )
 
 
 BROKEN = {
-    "stochastic": (1e-4, {"stochastic"}),
+    "stochastic": (1e-2, {"stochastic"}),
     "probabilities": (1.0, {"probabilities"}),
     "shattered": (1.0, {"unstable loss"}),
     "saturated": (1.0, {"gradient/cross_entropy"}),
     "unbreakable": (1.0, {"unbounded"}),
-    # Where no gradient is left at all, an attack without a bound cannot succeed either.
+    # Where no gradient is left at all, an attack without a bound cannot succeed either, and one without gradients may.
     "constant": (1.0, {"gradient/*", "unbounded"}),
-    "quantised": (1.0, {"gradient/*", "unbounded"}),
-    "exploding": (1.0, {"gradient/*", "unbounded"}),
+    "quantised": (1.0, {"gradient/*", "unbounded", "black box/square"}),
+    "exploding": (1.0, {"gradient/*", "unbounded", "black box/square"}),
 }
 
 
 def test_a_healthy_model_trips_no_guard():
-    report = _check({}, black_box={"guessing": Guessing(epsilon=np.float32(EPSILON))})
+    report = _check({})
     assert report.fired == ()
     assert {guard.name.partition("/")[0] for guard in report.guards} == {
         "stochastic",
@@ -119,10 +96,9 @@ def test_a_broken_model_trips_exactly_its_guard(name):
 
 
 def test_a_black_box_that_beats_the_white_boxes_is_told():
-    black_box = {"guessing": Guessing(epsilon=np.float32(EPSILON))}
-    report = _check({"half_masked": 1.0}, black_box=black_box)
-    assert report.fired == ("black box/guessing",)
-    assert report.accuracies["guessing"].value < report.accuracies["pgd margin"].value - guards.WEAKER
+    report = _check({"half_masked": 1.0})
+    assert report.fired == ("black box/square",)
+    assert report.accuracies["square"].value < report.accuracies["pgd margin"].value - guards.WEAKER
 
 
 def test_accuracy_that_rises_with_epsilon_is_told():
@@ -146,7 +122,7 @@ def test_a_broken_attack_trips_its_guard_on_a_healthy_model(attack, expected):
     report = _check({}, white_box={"pgd": attack, "fair": healthy})
     # A fair attack beside it shows that the model can be broken.
     assert set(report.fired) == expected - {"unbounded"}
-    assert set(_check({}, white_box={"pgd": attack}).fired) == expected
+    assert set(_check({}, white_box={"pgd": attack}, black_box={}).fired) == expected
 
 
 def test_what_lies_outside_the_ball_is_no_success():

@@ -40,7 +40,7 @@ def test_a_loss_that_falls_again_is_told():
     caveats = study.summarise(records)["caveats"]
     assert "falls again" in caveats[0]
     assert "BIM" in caveats[0]
-    assert "zero or not finite under ADAM" in caveats[1]
+    assert "zero or not finite under Adam" in caveats[1]
 
 
 def test_runs_of_other_sizes_are_not_compared():

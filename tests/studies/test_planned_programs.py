@@ -17,9 +17,13 @@ SMALL = {
     "boundary_travel": {"batch": 16, "examples": 40, "stride": 0.05},
     "calibration": {"batch": 32, "draws": 20},
     "attack_curve": {"batch": 16, "examples": 40, "steps": 2, "multiples": (1.0,)},
+    "certificate": {"batch": 16, "examples": 40, "steps": 2, "estimation": 30, "selection": 10, "samples": 10},
     "loss_progression": {"batch": 16, "examples": 40, "steps": 2},
     "transfer": {"batch": 16, "examples": 40, "steps": 2},
     "hessian_spectrum": {"mini_batches": 2, "rank": 8, "top": 2},
+    "spatial_attack": {"batch": 16, "examples": 40, "grid": (3, 3, 3), "tries": 3},
+    "patch_attack": {"batch": 16, "examples": 40, "steps": 2, "learned_images": 32, "areas": (0.1, 0.3)},
+    "physical_attack": {"batch": 16, "examples": 40, "attack": "pgd(steps=2)", "samples": 2, "strengths": (1.0,)},
 }
 
 

@@ -17,9 +17,27 @@ SETTINGS = {
     "auto_attack": {"examples": 12, "together": 8, "batch": 4},
     "boundary_travel": {"batch": 64, "examples": 100, "stride": 0.02, "jump": 0.1, "exhibits": 2},
     "calibration": {"batch": 64, "draws": 50},
+    "certificate": {"batch": 32, "examples": 60, "estimation": 100, "selection": 20, "radii": (0.2, 0.5), "steps": 2},
     "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
     "transfer": {"batch": 64, "examples": 100, "steps": 3},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
+    "spatial_attack": {"batch": 64, "examples": 100, "grid": (3, 3, 5), "tries": 3, "exhibits": 2},
+    "patch_attack": {
+        "batch": 50,
+        "examples": 100,
+        "steps": 3,
+        "learned_images": 100,
+        "areas": (0.1, 0.3),
+        "exhibits": 2,
+    },
+    "physical_attack": {
+        "batch": 50,
+        "examples": 100,
+        "attack": "pgd(steps=2)",
+        "samples": 2,
+        "strengths": (0.5, 1.0),
+        "exhibits": 2,
+    },
 }
 
 
