@@ -35,10 +35,11 @@ def margin(logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"])
 
 
 def dlr(logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Difference of logits ratio: the margin over the spread of the three largest logits; at most 1, positive where wrong.
+    """Difference of logits ratio: the margin over the spread of the three largest logits; positive where wrong.
 
     It does not change when the logits are shifted or scaled, so it cannot be masked by a saturated softmax (Croce & Hein 2020,
-    arXiv 2003.01690, equation 6). Where the three are equal to rounding it is the margin itself.
+    arXiv 2003.01690, equation 6). It is 1, whatever the image, where the true class is the third. Where the three largest are
+    equal to rounding it is the margin itself.
 
     Raises:
       errors.UserError: there are fewer than three classes.
