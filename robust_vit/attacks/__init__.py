@@ -58,6 +58,7 @@ ATTACKS = {
 
 Attack = skeleton.Attack
 AttackResult = skeleton.AttackResult
+Channel = channel.Channel
 DETECTORS = detectors.DETECTORS
 Goal = skeleton.Goal
 Guard = guards.Guard

@@ -82,6 +82,42 @@ def test_psnr_is_the_length_where_nothing_is_clipped():
     assert np.unique(np.asarray(directions).round(4), axis=0).shape[0] == 5
 
 
+def _bent(variables, images):
+    return jnp.tanh(images.reshape(len(images), -1) @ variables["u"]) @ variables["w"]
+
+
+@jax.jit
+def _class(model, images):
+    return jnp.argmax(model(images), axis=-1)
+
+
+def _walk(model, image, direction, label, stride):
+    """One image's search as Kim et al.'s first author writes it: a step on while right, back and half as far where not."""
+    size = 0.0
+    for _ in range(2000):
+        right = _class(model, jnp.clip(image + size * direction, 0.0, 1.0)[None])[0] == label
+        if right:
+            size += stride
+        elif stride < 1e-10:
+            return size
+        else:
+            size, stride = size - stride, stride / 2
+    return None
+
+
+def test_the_search_ends_where_the_walk_of_the_original_ends():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        variables = {"u": jnp.asarray(2 * rng.normal(size=(18, 16)) / 4), "w": jnp.asarray(rng.normal(size=(16, 4)))}
+        model, images = classifier.wrap(_bent, variables), _images(5, low=0.0, high=1.0)
+        labels = np.asarray(_class(model, jnp.asarray(images)))
+        found, directions = _search(model, images, labels, stride=0.01, halvings=27)
+        for row in np.flatnonzero(found.crossed):
+            walked = _walk(model, images[row], directions[row], labels[row], 0.01)
+            assert abs(walked - found.epsilon[row]) < 3e-10
+        assert found.crossed.sum() >= 3
+
+
 def _wave(variables, images):
     """Class 0 while the mean change of the pixels is in an even cell, class 1 in an odd one."""
     score = jnp.cos(jnp.pi * (images.mean(axis=(1, 2, 3)) - 0.1) / variables)
