@@ -12,8 +12,10 @@ from typing import Any
 from robust_vit import registry
 from robust_vit.attacks import (
     cameras,
+    cards,
     channel,
     checks,
+    detectors,
     expectations,
     guards,
     inputs,
@@ -56,6 +58,9 @@ ATTACKS = {
 
 Attack = skeleton.Attack
 AttackResult = skeleton.AttackResult
+Channel = channel.Channel
+DETECTORS = detectors.DETECTORS
+Goal = skeleton.Goal
 Guard = guards.Guard
 NORMS = norms.NORMS
 Report = checks.Report
@@ -64,12 +69,14 @@ SuiteResult = suites.SuiteResult
 THREATS = threats.THREATS
 ThreatModel = threats.ThreatModel
 auto_attack = suites.auto_attack
+card = cards.card
 certify = smoothing.certify
 check = checks.check
 check_inputs = inputs.check_inputs
 destruction_rate = channel.destruction_rate
 example_keys = runner.example_keys
 expectation = expectations.expectation
+fit_detector = detectors.fit
 fit_patch = patch.fit
 fit_universal = universal.fit
 load = storage.load

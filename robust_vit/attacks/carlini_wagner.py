@@ -16,7 +16,7 @@ from robust_vit.attacks import arguments, evaluation, minimal, norms, skeleton, 
 _DECAY, _SQUARE_DECAY, _ADAM_FLOOR = 0.9, 0.999, 1e-8
 _INSIDE = 1.0 - 1e-6  # Pixels at the ends of [0, 1] would be infinitely far away behind the change of variables.
 _UNBOUNDED = 1e10
-_CHECKS = 10  # A round is looked at this often for progress.
+_CHECKS = 4  # A round is looked at this often for progress.
 
 
 class State(minimal.State, kw_only=True):
@@ -30,7 +30,8 @@ class State(minimal.State, kw_only=True):
       iteration: in this round.
       round: of the binary search.
       reached: a success was met in this round.
-      earlier: the objective when the round was last looked at.
+      least: the least objective of this round.
+      earlier: what it was when the round was last looked at.
     """
 
     modifier: Float[Array, "batch height width channels"]
@@ -42,6 +43,7 @@ class State(minimal.State, kw_only=True):
     iteration: Int[Array, " batch"]
     round: Int[Array, " batch"]
     reached: Bool[Array, " batch"]
+    least: Float[Array, " batch"]
     earlier: Float[Array, " batch"]
 
 
@@ -54,7 +56,7 @@ class CarliniWagner(minimal.MinimalAttack, kw_only=True):
       confidence: margin, in logits, that a success must have.
       rounds: of the binary search.
       steps: of Adam in one round.
-      abort_early: end an example's round where a tenth of it brought no progress.
+      abort_early: end an example's round where a quarter of it brought no progress.
     """
 
     learning_rate: Any
@@ -95,8 +97,10 @@ class CarliniWagner(minimal.MinimalAttack, kw_only=True):
         ends = state.iteration + 1 >= self.steps
         if self.abort_early:
             looked_at = state.iteration % max(1, self.steps // _CHECKS) == 0
-            ends = ends | (looked_at & (objective > 0.9999 * state.earlier))
-            optimised = optimised.replace(earlier=jnp.where(looked_at, objective, state.earlier))
+            # The least objective so far: that of one step goes up and down by more than Adam gains in many.
+            least = jnp.minimum(state.least, objective)
+            ends = ends | (looked_at & (least > 0.9999 * state.earlier))
+            optimised = optimised.replace(least=least, earlier=jnp.where(looked_at, least, state.earlier))
         following = self._next_round(optimised)
         changed = {
             name: skeleton.select(ends, getattr(following, name), getattr(optimised, name)) for name in _OF_A_ROUND
@@ -150,8 +154,8 @@ def carlini_wagner(
 ) -> skeleton.Attack:
     """Carlini and Wagner's L2 attack (2017, arXiv 1608.04644, section VI.A, and the authors' nn_robust_attacks).
 
-    Departures: 1,000 steps a round rather than 10,000; each example ends its rounds by itself, not when the whole batch stands
-    still; a last round at the largest weight is not repeated.
+    Departures: 1,000 steps a round rather than 10,000; each example ends its rounds by itself, on its least objective, and not
+    when the sum over the batch stands still; a last round at the largest weight is not repeated.
     Cost: `rounds * steps` forward and backward passes at most, and one forward pass that judges.
 
     Args:
@@ -163,7 +167,7 @@ def carlini_wagner(
       learning_rate: of Adam, behind the change of variables.
       start_weight: c of the first round.
       confidence: margin kappa, in logits, that a success must have, from 0.
-      abort_early: end an example's round where a tenth of it brought no progress.
+      abort_early: end an example's round where a quarter of it brought no progress.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
     """
     epsilon, norm = minimal.ball("carlini_wagner", epsilon, norm, threat, ("l2",))
@@ -196,6 +200,7 @@ _OF_A_ROUND = (
     "iteration",
     "round",
     "reached",
+    "least",
     "earlier",
 )
 
@@ -208,6 +213,7 @@ def _fresh_round(images: jax.Array) -> dict[str, jax.Array]:
         "square": jnp.zeros_like(images),
         "iteration": jnp.zeros(batch, jnp.int32),
         "reached": jnp.zeros(batch, bool),
+        "least": jnp.full(batch, jnp.inf, images.dtype),
         "earlier": jnp.full(batch, jnp.inf, images.dtype),
     }
 

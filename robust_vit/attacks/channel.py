@@ -161,7 +161,8 @@ def print_photo(
 
     Args:
       strength: 0 (the identity) to 1 (the ranges as given) and beyond; a leaf, so that another one compiles nothing.
-      gain, bias, gamma, tilt, roll, scale, shift, blur, noise, quality: as in `Channel`; None leaves a part out.
+      gain, bias, gamma, tilt, roll, scale, shift, blur, noise, quality: as in `Channel`; None leaves a part out. A blur of one
+        pixel is little for images of 224 pixels and much for those of 32.
       padding: what lies beyond the print: `edge`, `reflect` or `zeros`.
       rounding: in JPEG: `straight_through` or `soft`.
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from robust_vit import classifier, errors
-from robust_vit.attacks import arguments, evaluation, inputs, norms, runner, skeleton, threats
+from robust_vit.attacks import arguments, evaluation, features, inputs, norms, runner, skeleton, threats
 from robust_vit.metrics import statistics
 
 PASSED = 0.95  # The share of planted examples that an attack which can be trusted finds (section 4 of the paper).
@@ -44,8 +44,7 @@ class Planted(flax.struct.PyTreeNode):
 
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         """Logits: the head's, halved and with both signs, then those that never win."""
-        features = flatten(self.model.features(images)[1][self.layer])
-        score = 0.5 * (features @ self.weights + self.bias)
+        score = 0.5 * (features.Layer(self.model, self.layer)(images) @ self.weights + self.bias)
         below = -jnp.abs(jax.lax.stop_gradient(score))[:, None] - jnp.arange(1.0, self.classes - 1.0)[None]
         return jnp.concatenate([-score[:, None], score[:, None], below], axis=1)
 
@@ -137,12 +136,11 @@ def planted(
     radius, ball = arguments.ball(epsilon, norm, threat)
     arguments.positive(epsilon=radius)
     images = np.asarray(images, np.float32)
-    _check(model, images, attack, ball, layer)
+    width = features.Layer(model, layer).width(images.shape)
+    _check(attack, ball)
     inputs.check_values(model, images, np.zeros(len(images), np.int32))
-    model = classifier.in_float32(model)
+    seen = features.Layer(classifier.in_float32(model), layer)
     classes = evaluation.count_classes(model, images.shape)
-    seen = _Layer(model, layer)
-    width = jax.eval_shape(_features, seen, images[:1]).shape[-1]
     inner = min(999, max(1, width // 2)) if inner is None else inner
     points = attack.evaluations * attack.step_passes[0] if random_points is None else random_points
     arguments.counts(inner=inner, random_points=points, batch=batch)
@@ -155,8 +153,8 @@ def planted(
         near = _points(ball, places[0], image, INNER * radius, inner, False)
         far = _points(ball, places[1], image, radius, 1, True)
         known = np.concatenate([image[None], near, far])
-        weights, bias = head(np.asarray(_in_batches(_features, seen, known, batch), np.float64))
-        broken = Planted(model, jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32), layer, classes)
+        weights, bias = head(features.extract(seen, known, batch=batch))
+        broken = Planted(seen.model, jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32), layer, classes)
         label = jnp.zeros(1, jnp.int32)
         result = bounded(broken, attacked[None], image[None], label)
         distance = float(ball.measure(jnp.asarray(far - image))[0])
@@ -165,7 +163,7 @@ def planted(
         inside = float(result.distance[0]) <= float(radius) * (1 + 1e-5) + 1e-6
         found["planted"].append(bool(there) and distance <= float(radius) * (1 + 1e-5) + 1e-6)
         found["found"].append(bool(result.success[0]) and inside)
-        found["guessed"].append(bool((_in_batches(_predicted, broken, guesses, batch) == 1).any()))
+        found["guessed"].append(bool((features.in_batches(_predicted, broken, guesses, batch=batch) == 1).any()))
         found["distance"].append(distance)
     arrays = {name: np.asarray(values) for name, values in found.items()}
     if not arrays["planted"].any():
@@ -176,53 +174,27 @@ def planted(
     return PlantedResult(**arrays, random_points=points)
 
 
-def head(features: Float[np.ndarray, "points width"]) -> tuple[np.ndarray, float]:
+def head(points: Float[np.ndarray, "points width"]) -> tuple[np.ndarray, float]:
     """Weights and bias of a linear head that is positive on the last row, and hardly so, and negative on the others.
 
     Ridge regression in its dual form, float64. The boundary lies at 0.999 of the way to the last row from the other that comes
     nearest to it in score; the scale is such that this way has length one.
     """
-    centre = features[:-1].mean(axis=0)
-    centred = features - centre
+    centre = points[:-1].mean(axis=0)
+    centred = points - centre
     gram = centred @ centred.T
     ridge = 1e-8 * max(float(np.trace(gram)) / len(gram), 1e-30)
-    target = np.append(-np.ones(len(features) - 1), 1.0)
+    target = np.append(-np.ones(len(points) - 1), 1.0)
     weights = centred.T @ np.linalg.solve(gram + ridge * np.eye(len(gram)), target)
-    scores = features @ weights
+    scores = points @ weights
     nearest, last = scores[:-1].max(), scores[-1]
     way = max(last - nearest, 1e-12)
     return weights / way, -(nearest + CLOSENESS * (last - nearest)) / way
 
 
-def flatten(features: jax.Array) -> Float[Array, "batch width"]:
-    """Features as one row an example, in float32 or wider."""
-    features = features.reshape(features.shape[0], -1)
-    return features.astype(jnp.promote_types(features.dtype, jnp.float32))
-
-
-class _Layer(flax.struct.PyTreeNode):
-    model: Any
-    layer: str = flax.struct.field(pytree_node=False)
-
-
-@jax.jit
-def _features(seen: _Layer, images: jax.Array) -> jax.Array:
-    return flatten(seen.model.features(images)[1][seen.layer])
-
-
 @jax.jit
 def _predicted(model: Planted, images: jax.Array) -> jax.Array:
     return jnp.argmax(model(images), axis=-1)
-
-
-def _in_batches(function: Any, model: Any, images: Any, size: int) -> np.ndarray:
-    """Of images in any number, in calls of one shape."""
-    images = np.asarray(images)
-    parts = []
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        parts.append(np.asarray(function(model, np.resize(part, (size, *part.shape[1:]))))[: len(part)])
-    return np.concatenate(parts)
 
 
 def _points(ball: norms.Norm, key: jax.Array, image: np.ndarray, radius: Any, count: int, surface: bool) -> np.ndarray:
@@ -243,15 +215,7 @@ def _drawn(ball: norms.Norm, surface: bool, keys: jax.Array, clean: jax.Array, r
 _draw = jax.jit(_drawn, static_argnums=(0, 1))
 
 
-def _check(model: Any, images: np.ndarray, attack: skeleton.Attack, ball: norms.Norm, layer: str) -> None:
-    remedy = "give a Classifier, or a pytree with features(images) -> (logits, {'pre_logits': ...})"
-    if not hasattr(model, "features"):
-        raise errors.UserError(f"the model is a {type(model).__name__} without features: {remedy}.")
-    known = jax.eval_shape(lambda m, x: m.features(x)[1], model, jax.ShapeDtypeStruct(images.shape, jnp.float32))
-    if not known:
-        raise errors.UserError(f"the model names no features, and the head reads {layer!r}: {remedy}.")
-    if layer not in known:
-        raise errors.unknown("layer", layer, known)
+def _check(attack: skeleton.Attack, ball: norms.Norm) -> None:
     if attack.minimal or not hasattr(attack, "epsilon"):
         raise errors.UserError("the attack has no ball: give a bounded one, such as attacks.build('pgd', epsilon=...).")
     if attack.norm is not ball:

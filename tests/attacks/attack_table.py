@@ -98,7 +98,7 @@ ROWS = {
         options={"steps": 6, "candidates": 4},
         sharp={"steps": 30},
         restarts=True,
-        classes=(2, 4),
+        classes=(4,),
     ),
     "fab_t": Row(
         "minimal",
@@ -108,7 +108,7 @@ ROWS = {
         options={"steps": 6, "targets": 3},
         sharp={"steps": 30},
         restarts=True,
-        classes=(2, 4),
+        classes=(4,),
     ),
     "square": Row(
         "bounded", ("linf", "l2"), exact=("linf",), options={"queries": 60}, sharp={"queries": 400}, restarts=True

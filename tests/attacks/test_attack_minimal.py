@@ -293,8 +293,9 @@ def test_confidence_is_kept_and_early_ends_save_passes():
         margins = losses.margin(model(result.images), jnp.asarray(labels))
         assert np.asarray(result.success).all()
         assert margins.min() >= 0.3 * (1 - 1e-3)
-    assert (found[True].forward_passes < found[False].forward_passes).all()
-    np.testing.assert_allclose(found[True].distance, found[False].distance, rtol=0.1)
+    assert (found[True].forward_passes <= found[False].forward_passes).all()
+    assert found[True].forward_passes.sum() < found[False].forward_passes.sum()
+    np.testing.assert_allclose(found[True].distance, found[False].distance, rtol=0.01)
 
 
 # DeepFool and FAB.

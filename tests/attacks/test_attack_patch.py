@@ -111,6 +111,11 @@ def _brightness(variables, images):
     return jnp.stack([-bright, bright], axis=1)
 
 
+def _negative(keys, images):
+    del keys
+    return 1.0 - images
+
+
 def test_on_brightness_the_best_patch_is_known_for_targets_and_ensembles():
     models = tuple(classifier.wrap(_brightness, {"scale": jnp.float32(scale)}) for scale in (5.0, 20.0))
     images = np.random.default_rng(0).uniform(0.2, 0.5, (8, 12, 12, 1)).astype(np.float32)
@@ -120,13 +125,16 @@ def test_on_brightness_the_best_patch_is_known_for_targets_and_ensembles():
     np.testing.assert_allclose(white.texture, 1.0, atol=1e-3)
     white = attacks.fit_patch(models[0], given, jax.random.key(1), **options)
     np.testing.assert_allclose(white.texture, 1.0, atol=1e-3)
+    # Seen through a negative, the best one is black.
+    black = attacks.fit_patch(models[0], given, jax.random.key(1), target=1, transform=_negative, **options)
+    np.testing.assert_allclose(black.texture, 0.0, atol=1e-3)
     # What is of the target's class already, or padding, teaches nothing.
     mask = np.arange(8) < 4
     padded = [
         {"image": np.where(mask[:, None, None, None], images, np.nan), "label": 1 - mask.astype(np.int32), "mask": mask}
     ]
-    black = attacks.fit_patch(models, padded, jax.random.key(1), target=1, **options)
-    np.testing.assert_allclose(black.texture, 1.0, atol=1e-3)
+    white = attacks.fit_patch(models, padded, jax.random.key(1), target=1, **options)
+    np.testing.assert_allclose(white.texture, 1.0, atol=1e-3)
     still = attacks.fit_patch(models, padded, jax.random.key(1), target=0, **options)
     np.testing.assert_array_equal(still.texture, 0.5)
 

@@ -111,6 +111,7 @@ def _cells(row: tuple, mine: np.ndarray, theirs: np.ndarray) -> str:
     name, norm, options, library, _ = row
     medians = np.median(mine), np.median(theirs)
     nearer = (mine < 0.99 * theirs).sum(), (theirs < 0.99 * mine).sum()
+    both = np.isfinite(mine) & np.isfinite(theirs)
     settings = ", ".join(f"{key} {value}" for key, value in options.items())
     cells = (
         f"{name}, {norm}",
@@ -118,7 +119,7 @@ def _cells(row: tuple, mine: np.ndarray, theirs: np.ndarray) -> str:
         f"{medians[0]:.5f}",
         f"{medians[1]:.5f}",
         f"{medians[0] / medians[1]:.4f}",
-        f"{np.median(mine / theirs):.4f}",
+        f"{np.median(mine[both] / theirs[both]):.4f}",
         f"{nearer[0]}, {nearer[1]}",
         f"{np.isfinite(mine).sum()}, {np.isfinite(theirs).sum()}",
     )

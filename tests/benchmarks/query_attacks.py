@@ -31,9 +31,11 @@ SLOTS = 32
 BALLS = (("linf", 1 / 255), ("linf", 2 / 255), ("l2", 0.25), ("l2", 0.5))
 
 
-def square(model, examples: dict[str, np.ndarray], peer: torch_process.Torch, *, queries: int, seeds: int) -> None:
+def square(
+    model, examples: dict[str, np.ndarray], peer: torch_process.Torch, *, norms: list[str], queries: int, seeds: int
+) -> None:
     """A line a ball: images left right by each side, seed by seed; the images' shares of seeds compared, paired."""
-    for norm, epsilon in BALLS:
+    for norm, epsilon in ((norm, epsilon) for norm, epsilon in BALLS if norm in norms):
         attack = attacks.build("square", epsilon=epsilon, norm=norm, queries=queries)
         ours, theirs, seconds = [], [], []
         for seed in range(seeds):
@@ -52,10 +54,16 @@ def square(model, examples: dict[str, np.ndarray], peer: torch_process.Torch, *,
 
 
 def hop_skip_jump(
-    model, examples: dict[str, np.ndarray], peer: torch_process.Torch, *, rounds: list[int], right: np.ndarray
+    model,
+    examples: dict[str, np.ndarray],
+    peer: torch_process.Torch,
+    *,
+    norms: list[str],
+    rounds: list[int],
+    right: np.ndarray,
 ) -> None:
     """A line a norm and number of rounds: the median distance of the images that were right, and queries an image."""
-    for norm in ("l2", "linf"):
+    for norm in norms:
         for count in rounds:
             attack = attacks.build("hop_skip_jump", norm=norm, rounds=count)
             begin = time.perf_counter()
@@ -124,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="images with a smaller row")
     parser.add_argument("--queries", type=int, default=500, help="of Square")
     parser.add_argument("--seeds", type=int, default=3, help="of Square")
+    parser.add_argument("--norms", nargs="+", default=["linf", "l2"], choices=("linf", "l2"))
     parser.add_argument("--rounds", nargs="+", type=int, default=[5, 20], help="of HopSkipJump")
     parser.add_argument("--peer_python", default=sys.executable, help="a Python with torch, torchattacks and foolbox")
     parser.add_argument("--data", default=os.environ.get("ROBUST_VIT_DATA", "../shared/data"))
@@ -146,9 +155,9 @@ def main() -> None:
         arrays = {"images": f"{folder}/image.npy", "labels": f"{folder}/label.npy"}
         right = np.asarray(peer.ask(do="build", model="resnet20", weights=weights, **arrays)["standing"])
     if flags.table == "square":
-        square(model, examples, peer, queries=flags.queries, seeds=flags.seeds)
+        square(model, examples, peer, norms=flags.norms, queries=flags.queries, seeds=flags.seeds)
     else:
-        hop_skip_jump(model, examples, peer, rounds=flags.rounds, right=right)
+        hop_skip_jump(model, examples, peer, norms=flags.norms, rounds=flags.rounds, right=right)
     peer.close()
 
 
