@@ -131,13 +131,13 @@ def build_studies(asked: Mapping[str, Any] | Iterable[str] | None = None) -> dic
 
     Args:
       asked: label -> a study, or its options as a mapping (`name` among them where the label is not a study's name); or
-        names alone; None is every study with its defaults.
+        names alone; None is `studies.STANDARD` with their defaults.
     """
     if asked is None:
-        asked = studies.STUDIES
+        asked = studies.STANDARD
     if isinstance(asked, str):
         asked = (asked,)
-    if not isinstance(asked, Mapping) or asked is studies.STUDIES:
+    if not isinstance(asked, Mapping):
         return {name: studies.build(name) for name in asked}
     built = {}
     for label, options in asked.items():

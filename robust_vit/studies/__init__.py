@@ -31,6 +31,9 @@ STUDIES = {
     "transfer": "robust_vit.studies.transfer:Transfer",
 }
 
+# What is asked of a model by default: seconds to a minute each on two cores; the others are asked for by name.
+STANDARD = ("accuracy", "calibration", "attack_curve", "hessian_spectrum")
+
 
 def build(name: str, **options: Any) -> Study:
     """A configured study.
