@@ -91,11 +91,13 @@ class Views(flax.struct.PyTreeNode, kw_only=True):
     angles: Float[Array, " views"]
     radius: int = flax.struct.field(pytree_node=False, default=1)
 
+    @jax.jit
     def __call__(self, keys: Key[Array, " batch"], images: Float[Array, "batch height width channels"]) -> jax.Array:
         """Each image from one of the views, drawn by its key with equal chances."""
         drawn = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.distances)))(keys)
         return self.at(drawn, images)
 
+    @jax.jit
     def at(self, index: Any, images: Float[Array, "batch height width channels"]) -> jax.Array:
         """Each image from view `index`, one or `[batch]`; what lies beside the plane is mid-grey."""
         index = jnp.broadcast_to(jnp.asarray(index), images.shape[:1])

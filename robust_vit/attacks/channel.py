@@ -56,6 +56,7 @@ class Channel(flax.struct.PyTreeNode, kw_only=True):
     padding: str = flax.struct.field(pytree_node=False, default="edge")
     rounding: Callable = flax.struct.field(pytree_node=False, default=jpeg.straight_through)
 
+    @jax.jit
     def __call__(
         self, keys: Key[Array, " batch"], images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width channels"]:

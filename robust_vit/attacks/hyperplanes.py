@@ -76,16 +76,31 @@ def _set_off(sizes: jax.Array, rates: jax.Array, room: jax.Array, gaps: jax.Arra
 
 
 def _largest_first(sizes: jax.Array, room: jax.Array, gaps: jax.Array) -> jax.Array:
-    """Whole room above a threshold of the sizes, a share of it at the threshold, none below: a fractional knapsack."""
-    flat = sizes.reshape(sizes.shape[0], -1)
-    descending, gains = jax.lax.sort((-flat, flat * room.reshape(flat.shape)), dimension=1, num_keys=1)
-    enough = jnp.cumsum(gains, axis=1) >= gaps.reshape(-1, 1)
-    last = jnp.where(jnp.any(enough, axis=1), jnp.argmax(enough, axis=1), flat.shape[1] - 1)
-    threshold = -jnp.take_along_axis(descending, last[:, None], axis=1)[..., None, None]
-    left = gaps - _over_pixels(jnp.sum, jnp.where(sizes > threshold, sizes * room, 0.0))
-    ready = _over_pixels(jnp.sum, jnp.where(sizes == threshold, sizes * room, 0.0))
+    """Whole room above a threshold of the sizes, a share of it at the threshold, none below: a fractional knapsack.
+
+    The threshold, the largest size that suffices together with all larger ones, is found by halving in the order of
+    floating-point numbers from 0 to 1, which is that of their bits. (64 images of 3,072 values on a CPU: 1.6 ms; sorted, 44 ms.)
+    """
+    integer = jnp.int32 if sizes.dtype.itemsize == 4 else jnp.int64
+    gains = sizes * room
+    order = jax.lax.bitcast_convert_type(sizes, integer)
+    low = jnp.zeros(gaps.shape, integer)
+    high = jax.lax.bitcast_convert_type(jnp.ones_like(gaps), integer) + 1
+
+    def unfinished(carry):
+        return jnp.any(carry[1] - carry[0] > 1)
+
+    def halve(carry):
+        low, high = carry
+        middle = low + (high - low) // 2
+        suffices = _over_pixels(jnp.sum, jnp.where(order >= middle, gains, 0.0)) >= gaps
+        return jnp.where(suffices, middle, low), jnp.where(suffices, high, middle)
+
+    threshold, _ = jax.lax.while_loop(unfinished, halve, (low, high))
+    left = gaps - _over_pixels(jnp.sum, jnp.where(order > threshold, gains, 0.0))
+    ready = _over_pixels(jnp.sum, jnp.where(order == threshold, gains, 0.0))
     share = jnp.clip(left / jnp.where(ready > 0, ready, 1.0), 0.0, 1.0)
-    return jnp.where(sizes > threshold, room, jnp.where(sizes == threshold, share * room, 0.0))
+    return jnp.where(order > threshold, room, jnp.where(order == threshold, share * room, 0.0))
 
 
 def _over_pixels(reduce, values: jax.Array) -> jax.Array:

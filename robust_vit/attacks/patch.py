@@ -33,6 +33,7 @@ class Patch(flax.struct.PyTreeNode, kw_only=True):
     rotation: Any
     shape: str = flax.struct.field(pytree_node=False, default="circle")
 
+    @jax.jit
     def apply(
         self,
         keys: Key[Array, " batch"],

@@ -93,16 +93,16 @@ class BoundaryTravel(study.Study):
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """The most that the study can take, where no image meets a boundary; most take a few per cent of it."""
         images = self.chunks(subject) * self.batch
-        return images * 2 * (2 + travel.most_passes(self.stride, self.limit)), images * 2
+        return images * (1 + 2 * (1 + travel.most_passes(self.stride, self.limit))), images * 2
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Forward pass, gradient and scan, the last as often as it runs where no image meets a boundary."""
-        runs = 2 * self.chunks(subject)
+        chunks = self.chunks(subject)
         images = forward.images(subject, self.batch)
         options = {"stride": self.stride, "limit": self.limit, "clip": self.clip}
         found = travel.programs(subject.classifier, images, **options)
-        times = [dataclasses.replace(program, times=runs * program.times) for program in found]
-        return [forward.program(subject, self.batch, times=runs), *times]
+        twice = [dataclasses.replace(program, times=2 * chunks * program.times) for program in found]
+        return [forward.program(subject, self.batch, times=chunks), *twice]
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """For each image its confidence, the length of its travel and the PSNR at the end, from the image and after the jump."""
@@ -165,7 +165,7 @@ class BoundaryTravel(study.Study):
                 "left out of what follows it, which keeps the images that stand it."
             )
         for name, entry in starts.items():
-            if entry["median"] is not None and entry["median"]["value"] >= self.limit:
+            if entry["censored"] is not None and entry["censored"]["value"] > 0.5:
                 caveats.append(
                     f"More than half of the images meet no boundary {STARTS[name]} up to ε = {self.limit:g}."
                 )

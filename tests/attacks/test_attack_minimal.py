@@ -1,52 +1,20 @@
-"""What is particular to each minimal attack: its step against plain NumPy or optax in float64, its ends, its costs."""
+"""What is particular to each minimal attack: its step against plain NumPy in float64, its ends, its costs."""
 
 from __future__ import annotations
 
 import itertools
 
+import bent_models
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from robust_vit import attacks, classifier, errors, losses
-from robust_vit.attacks import boundaries, minimal, norms, skeleton
+from robust_vit.attacks import boundaries, minimal, norms
 
-SHAPE = (3, 3, 2)
-KEYS = attacks.example_keys(0, np.arange(6))
-TRACES = []
-
-
-def _bent(variables, images):
-    TRACES.append(None)
-    return jnp.tanh(images.reshape(images.shape[0], -1) @ variables["u"]) @ variables["w"]
-
-
-def _model(seed=0, classes=4, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    size = int(np.prod(SHAPE))
-    variables = {"u": 2 * rng.normal(size=(size, 16)) / np.sqrt(size), "w": rng.normal(size=(16, classes))}
-    return classifier.wrap(_bent, jax.tree.map(lambda a: jnp.asarray(a, dtype), variables))
-
-
-def _images(seed=0, count=6, dtype=np.float32):
-    return np.random.default_rng(seed).uniform(size=(count, *SHAPE)).astype(dtype)
-
-
-def _predict(model, images):
-    return np.array(model(jnp.asarray(images)).argmax(axis=-1), np.int32)
-
-
-def _walk(attack, model, keys, images, labels, steps):
-    """The states after 0 to `steps` steps."""
-    states = [attack.init(keys, jnp.asarray(images), jnp.asarray(labels))]
-    for _ in range(steps):
-        states.append(_advance(states[-1], 0, attack, model))
-    return states
-
-
-_advance = jax.jit(skeleton.advance)
+SHAPE = bent_models.SHAPE
+KEYS = bent_models.KEYS
 
 
 # A success is recorded where it is nearest, and ends what has nothing left to seek.
@@ -72,8 +40,8 @@ def test_the_nearest_success_is_kept_and_the_clean_image_ends_the_search():
 @pytest.mark.parametrize("name", ["ddn", "fmn", "fab_t"])
 def test_an_epsilon_ends_at_the_first_success_within_it(name):
     """The same decision at that size as the whole search, for fewer passes; another size compiles nothing."""
-    model, images = _model(), _images()
-    labels = _predict(model, images)
+    model, images = bent_models.model(), bent_models.images()
+    labels = bent_models.predict(model, images)
     options = {"norm": "l2", "steps": 30}
     whole = attacks.build(name, **options)(model, KEYS, images, labels)
     sizes = np.quantile(np.asarray(whole.distance), [0.3, 0.7])
@@ -86,7 +54,7 @@ def test_an_epsilon_ends_at_the_first_success_within_it(name):
         assert (saved[found] >= 0).all()
         assert (saved[~found] == 0).all()
         total += saved.sum()
-        traces.append(len(TRACES))
+        traces.append(len(bent_models.TRACES))
     assert total > 0
     assert traces[0] == traces[1]
 
@@ -124,8 +92,8 @@ def test_the_slope_of_a_norm_is_its_dual(norm):
 
 def test_boundaries_are_the_jacobian_and_a_gradient_that_is_not_finite_is_none():
     with jax.enable_x64(True):
-        model, images = _model(dtype=np.float64), _images(dtype=np.float64)
-        labels = _predict(model, images)
+        model, images = bent_models.model(dtype=np.float64), bent_models.images(dtype=np.float64)
+        labels = bent_models.predict(model, images)
         jacobian = jax.vmap(jax.jacobian(lambda image: model(image[None])[0]))(jnp.asarray(images))
         logits = np.asarray(model(images))
         choose = lambda logits: boundaries.most_likely_rivals(logits, jnp.asarray(labels), 2)  # noqa: E731
@@ -138,7 +106,7 @@ def test_boundaries_are_the_jacobian_and_a_gradient_that_is_not_finite_is_none()
         assert not found.vanished.any()
 
     broken = classifier.wrap(lambda images: jnp.sqrt(images.reshape(len(images), -1)[:, :4]))
-    images = _images()
+    images = bent_models.images()
     images[1, 0, 0, 0] = 0.0
     found = boundaries.linearise(broken, jnp.asarray(images), KEYS, jnp.zeros(6, jnp.int32), choose)
     np.testing.assert_array_equal(found.vanished, np.arange(6) == 1)
@@ -150,14 +118,14 @@ def test_boundaries_are_the_jacobian_and_a_gradient_that_is_not_finite_is_none()
 
 def test_ddn_turns_by_steps_and_its_radius_follows_success():
     with jax.enable_x64(True):
-        model, images = _model(dtype=np.float64), _images(dtype=np.float64)
-        labels = _predict(model, images)
+        model, images = bent_models.model(dtype=np.float64), bent_models.images(dtype=np.float64)
+        labels = bent_models.predict(model, images)
         attack = attacks.build("ddn", steps=8, start_radius=0.7, radius_change=0.1)
-        states = _walk(attack, model, KEYS, images, labels, 8)
+        states = bent_models.walk(attack, model, KEYS, images, labels, 8)
         radius, current = np.full(6, 0.7), images.astype(np.float64)
         for count in range(8):
             gradients = jax.grad(lambda x: losses.cross_entropy(model(x), labels).sum())(jnp.asarray(current))
-            achieved = _predict(model, current) != labels
+            achieved = bent_models.predict(model, current) != labels
             step = 0.01 + 0.99 * (1 + np.cos(np.pi * count / 8)) / 2
             difference = current - images + step * _unit(np.asarray(gradients))
             radius = radius * np.where(achieved, 0.9, 1.1)
@@ -171,8 +139,8 @@ def _unit(array):
 
 
 def test_ddn_returns_values_of_an_eight_bit_image():
-    model, images = _model(), np.round(_images() * 255) / np.float32(255)
-    labels = _predict(model, images)
+    model, images = bent_models.model(), np.round(bent_models.images() * 255) / np.float32(255)
+    labels = bent_models.predict(model, images)
     result = attacks.build("ddn", steps=30, levels=256)(model, KEYS, images, labels)
     assert np.asarray(result.success).all()
     found = np.asarray(result.images, np.float64) * 255
@@ -185,12 +153,12 @@ def test_ddn_leaves_a_plateau_in_directions_of_each_example():
     images = np.full((3, *SHAPE), 0.5, np.float32)
     attack = attacks.build("ddn", steps=20, start_radius=0.5)
     labels = np.zeros(3, np.int32)
-    states = _walk(attack, model, KEYS[:3], images, labels, 1)
+    states = bent_models.walk(attack, model, KEYS[:3], images, labels, 1)
     moved = np.asarray(states[1].images) - images
     assert np.abs(moved[0] - moved[1]).max() > 0.01
     np.testing.assert_allclose(np.sqrt((moved**2).sum(axis=(1, 2, 3))), 0.5 * 1.05, rtol=1e-5)
     np.testing.assert_array_equal(states[1].vanished, 1)
-    alone = _walk(attack, model, KEYS[1:2], images[1:2], labels[1:2], 1)
+    alone = bent_models.walk(attack, model, KEYS[1:2], images[1:2], labels[1:2], 1)
     np.testing.assert_allclose(alone[1].images[0], states[1].images[1], rtol=1e-6)
     assert np.asarray(attack(model, KEYS[:3], images, labels).success).all()
 
@@ -202,10 +170,10 @@ def _plateau(images):
 
 def test_the_ball_of_fmn_ends_at_the_boundary_then_follows_success():
     with jax.enable_x64(True):
-        model, images = _model(dtype=np.float64), _images(dtype=np.float64)
-        labels = _predict(model, images)
+        model, images = bent_models.model(dtype=np.float64), bent_models.images(dtype=np.float64)
+        labels = bent_models.predict(model, images)
         attack = attacks.build("fmn", norm="linf", steps=12)
-        states = _walk(attack, model, KEYS, images, labels, 12)
+        states = bent_models.walk(attack, model, KEYS, images, labels, 12)
         seen = np.zeros(6, bool)
         for count, (before, after) in enumerate(itertools.pairwise(states)):
             gradients = jax.grad(lambda x: losses.margin(model(x), labels).sum())(before.images)
@@ -230,8 +198,8 @@ def test_the_ball_of_fmn_ends_at_the_boundary_then_follows_success():
 )
 def test_one_run_of_fmn_lies_on_or_below_the_curve_of_pgd(norm, sizes):
     count = 40
-    model, images = _model(3), _images(2, count)
-    labels, keys = _predict(model, images), attacks.example_keys(0, np.arange(count))
+    model, images = bent_models.model(3), bent_models.images(2, count)
+    labels, keys = bent_models.predict(model, images), attacks.example_keys(0, np.arange(count))
     distances = np.asarray(attacks.build("fmn", norm=norm, steps=60)(model, keys, images, labels).distance)
     attack = attacks.build("pgd", norm=norm, epsilon=0.1, steps=20)
     for size in sizes:
@@ -240,75 +208,17 @@ def test_one_run_of_fmn_lies_on_or_below_the_curve_of_pgd(norm, sizes):
         assert (distances <= size).mean() >= bounded.mean()
 
 
-# Carlini and Wagner.
-
-
-def test_a_round_of_carlini_and_wagner_is_adam_behind_the_change_of_variables():
-    with jax.enable_x64(True):
-        model, images = _model(dtype=np.float64), _images(dtype=np.float64)
-        labels = _predict(model, images)
-        attack = attacks.build(
-            "carlini_wagner", steps=12, rounds=2, start_weight=0.4, confidence=0.1, abort_early=False
-        )
-        states = _walk(attack, model, KEYS, images, labels, 12)
-        shift = jnp.arctanh((2 * jnp.asarray(images) - 1) * (1 - 1e-6))
-
-        def objective(modifier):
-            moved = 0.5 * (jnp.tanh(shift + modifier) + 1)
-            hinge = jnp.maximum(0.1 - losses.margin(model(moved), labels), 0.0)
-            return jnp.sum((moved - images) ** 2) + 0.4 * jnp.sum(hinge)
-
-        optimiser = optax.adam(0.01)
-        modifier = jnp.zeros_like(shift)
-        memory = optimiser.init(modifier)
-        for state in states[1:12]:
-            update, memory = optimiser.update(jax.grad(objective)(modifier), memory)
-            modifier = optax.apply_updates(modifier, update)
-            # The clean image itself is evaluated first, where the change of variables would be 1e-6 off.
-            np.testing.assert_allclose(state.modifier, modifier, rtol=1e-4, atol=1e-6)
-            np.testing.assert_allclose(state.images, 0.5 * (jnp.tanh(shift + state.modifier) + 1), rtol=1e-12)
-        np.testing.assert_array_equal(states[12].images, images)
-        np.testing.assert_array_equal(states[12].round, 1)
-
-
-def test_the_weight_is_searched_for_each_example_by_itself():
-    """Ten times as large until a round reaches the goal, between the bounds from then on."""
-    attack = attacks.build("carlini_wagner", steps=10, rounds=5, start_weight=0.01)
-    state = attack.init(KEYS[:2], jnp.asarray(_images(0, 2)), jnp.zeros(2, jnp.int32))
-    weights = []
-    for reached in ((False, False), (True, False), (False, False), (True, True)):
-        state = attack._next_round(state.replace(reached=jnp.array(reached)))
-        weights.append(np.asarray(state.weight))
-    np.testing.assert_allclose(weights, [[0.1, 0.1], [0.055, 1.0], [0.0775, 10.0], [0.06625, 5.5]], rtol=1e-6)
-
-
-def test_confidence_is_kept_and_early_ends_save_passes():
-    model, images = _model(1), _images(3)
-    labels = _predict(model, images)
-    options = {"steps": 60, "rounds": 4, "start_weight": 0.1, "learning_rate": 0.05}
-    found = {}
-    for abort in (True, False):
-        attack = attacks.build("carlini_wagner", **options, confidence=0.3, abort_early=abort)
-        result = found[abort] = attack(model, KEYS, images, labels)
-        margins = losses.margin(model(result.images), jnp.asarray(labels))
-        assert np.asarray(result.success).all()
-        assert margins.min() >= 0.3 * (1 - 1e-3)
-    assert (found[True].forward_passes <= found[False].forward_passes).all()
-    assert found[True].forward_passes.sum() < found[False].forward_passes.sum()
-    np.testing.assert_allclose(found[True].distance, found[False].distance, rtol=0.01)
-
-
 # DeepFool and FAB.
 
 
 def test_deep_fool_steps_to_the_nearest_of_all_boundaries():
     with jax.enable_x64(True):
-        model, images = _model(dtype=np.float64), 0.3 + 0.4 * _images(dtype=np.float64)
-        labels = _predict(model, images)
+        model, images = bent_models.model(dtype=np.float64), 0.3 + 0.4 * bent_models.images(dtype=np.float64)
+        labels = bent_models.predict(model, images)
         jacobian = jax.vmap(jax.jacobian(lambda image: model(image[None])[0]))
         for norm, order in (("l2", 2), ("linf", 1)):
             attack = attacks.build("deep_fool", norm=norm, overshoot=0.02, candidates=4)
-            states = _walk(attack, model, KEYS, images, labels, 3)
+            states = bent_models.walk(attack, model, KEYS, images, labels, 3)
             assert not states[1].done.any()
             totals = np.zeros_like(images)
             for before, after in itertools.pairwise(states):
@@ -330,11 +240,11 @@ def test_deep_fool_steps_to_the_nearest_of_all_boundaries():
 def test_fab_moves_between_the_ways_of_the_image_and_of_the_clean_one():
     """Away from the box a way to a hyperplane is along its normal; each example is biased by its own two lengths."""
     with jax.enable_x64(True):
-        model = _model(dtype=np.float64)
+        model = bent_models.model(dtype=np.float64)
         rng = np.random.default_rng(8)
         clean = 0.5 + 0.02 * rng.normal(size=(6, *SHAPE))
         images = clean + 0.02 * rng.normal(size=clean.shape) * np.array([0, 0.1, 0.3, 1, 2, 3])[:, None, None, None]
-        labels = _predict(model, clean)
+        labels = bent_models.predict(model, clean)
         attack = attacks.build("fab_t", norm="l2", targets=1, bias=0.4)
         state = attack.init(KEYS, jnp.asarray(clean), jnp.asarray(labels)).replace(images=jnp.asarray(images))
         choose = lambda logits: attack._choose(state, logits)  # noqa: E731
@@ -368,14 +278,14 @@ def test_random_starts_of_fab_lie_at_half_the_radius():
 
 
 def test_fab_targeted_visits_each_class_in_turn_and_ends_where_there_are_no_more():
-    model, images = _model(5), _images(4)
-    labels = _predict(model, images)
+    model, images = bent_models.model(5), bent_models.images(4)
+    labels = bent_models.predict(model, images)
     attack = attacks.build("fab_t", norm="l2", steps=3, restarts=2, targets=9)
     result = attack(model, KEYS, images, labels)
     np.testing.assert_array_equal(result.backward_passes, 3 * 2 * 3)
     np.testing.assert_array_equal(result.forward_passes, 2 * 3 * 2 * 3 + attack.judge_passes)
     order = np.argsort(-np.asarray(model(jnp.asarray(images))), axis=1)[:, 1:]
-    states = _walk(attack, model, KEYS, images, labels, 1)
+    states = bent_models.walk(attack, model, KEYS, images, labels, 1)
     np.testing.assert_array_equal(states[1].rivals[:, :3], order)
     for count, rank in ((0, 0), (3, 0), (6, 1), (17, 2)):
         state = states[1].replace(count=jnp.full(6, count))
@@ -383,10 +293,10 @@ def test_fab_targeted_visits_each_class_in_turn_and_ends_where_there_are_no_more
 
 
 def test_a_success_of_fab_goes_back_towards_the_clean_image():
-    model, images = _model(6), _images(5)
-    labels = _predict(model, images)
+    model, images = bent_models.model(6), bent_models.images(5)
+    labels = bent_models.predict(model, images)
     attack = attacks.build("fab", norm="linf", candidates=4, retreat=0.8)
-    states = _walk(attack, model, KEYS, images, labels, 12)
+    states = bent_models.walk(attack, model, KEYS, images, labels, 12)
     gained = 0
     for before, after in itertools.pairwise(states):
         nearer = np.asarray(after.nearest < before.nearest) & np.asarray(after.success)

@@ -145,7 +145,7 @@ def test_without_success_the_loss_rises_and_the_best_of_all_restarts_is_returned
 
 
 def test_in_l2_it_breaks_a_smooth_linear_model_at_twice_the_exact_distance():
-    """Squares are no gradients: measured, 4 of 7 break at 1.6 times the exact distance, none at 1.3."""
+    """Squares are no gradients: on a like problem 4 of 7 broke at 1.6 times the exact distance, none at 1.3."""
     rng = np.random.default_rng(1)
     weights = scipy.ndimage.gaussian_filter(rng.normal(size=(12, 12, 2)), (2, 2, 0)).reshape(144, 2)
     bias = -0.5 * weights.sum(axis=0)

@@ -167,30 +167,16 @@ def test_neighbours_do_not_matter():
         np.testing.assert_allclose(part.epsilon, whole.epsilon[rows], atol=2e-6)
 
 
-def _two_draws(variables, images):
-    return images.reshape(len(images), -1) @ variables
-
-
-class _Stochastic:
-    """A bias that is drawn anew for every key: along one ray, with one key, one function."""
-
-    stochastic, samples = True, 1
-
-    def __init__(self, model):
-        self.model = model
-
-    def sample(self, images, keys):
-        draws = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
-        return (self.model(images) + jnp.stack([draws, -draws], axis=1))[None]
-
-
-jax.tree_util.register_pytree_node(_Stochastic, lambda m: ((m.model,), None), lambda _, parts: _Stochastic(*parts))
+def _drawn(weights, images, keys):
+    """A linear model with a bias that is drawn anew for every key: along one ray, with one key, one function."""
+    draws = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
+    return images.reshape(len(images), -1) @ weights + jnp.stack([draws, -draws], axis=1)
 
 
 def test_a_stochastic_model_is_one_function_along_a_ray():
     images = _images(4, np.float32)
     weights = np.random.default_rng(1).normal(size=(18, 2))
-    model = _Stochastic(classifier.wrap(_two_draws, jnp.asarray(weights, jnp.float32)))
+    model = classifier.wrap(_drawn, jnp.asarray(weights, jnp.float32), stochastic=True)
     labels = np.zeros(4, int)
     first, _ = _search(model, images, labels, stride=0.01)
     second, _ = _search(model, images, labels, stride=0.01)

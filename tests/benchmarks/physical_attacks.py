@@ -1,7 +1,7 @@
 """Patches and the print-photo channel on trained models and exact CIFAR-10 images: the tables of the two studies.
 
     python tests/benchmarks/physical_attacks.py patch --images=512 --steps=300
-    python tests/benchmarks/physical_attacks.py physical --images=128
+    python tests/benchmarks/physical_attacks.py physical --images=64
 
 Weights and images are those of the data folder (`ROBUST_VIT_DATA` or `--data`): ResNet-20 and a ViT on exact CIFAR-10. Results:
 tests/benchmarks/results/physical_attacks.md.
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--steps", type=int, default=300, help="of learning the patch")
     parser.add_argument("--target", type=int, default=None, help="class that the patch is to reach")
+    parser.add_argument("--blur", type=float, default=1.0, help="largest deviation of the channel's blur, in pixels")
     parser.add_argument("--figures", default=None, help="folder for the figures")
     arguments = parser.parse_args()
     command_line.configure_jax()
@@ -54,7 +55,9 @@ def main() -> None:
         options = {"steps": arguments.steps, "target": arguments.target, "shape": "square", "batch": 32}
         study = studies.build("patch_attack", examples=arguments.images, **options)
     else:
-        study = studies.build("physical_attack", examples=arguments.images, batch=32, threat="cifar10/linf-2", blur=0.5)
+        study = studies.build(
+            "physical_attack", examples=arguments.images, batch=32, threat="cifar10/linf-2", blur=arguments.blur
+        )
     findings = {}
     for name in arguments.models:
         begin = time.perf_counter()
