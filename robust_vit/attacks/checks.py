@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from robust_vit import errors, loops, tables
+from robust_vit import errors, loops, losses, tables
 from robust_vit.attacks import arguments, evaluation, gradient, guards, inputs, norms, runner, skeleton, square, threats
 from robust_vit.metrics import statistics
 
@@ -234,7 +234,7 @@ def _black_box(radius: Any, ball: norms.Norm, queries: int) -> dict[str, skeleto
 @jax.jit
 def _look(attack: skeleton.Attack, model: skeleton.Model, state: skeleton.State) -> tuple[jax.Array, jax.Array]:
     logits = evaluation.logits(model, state.images, state.keys, state.count)
-    return attack.loss(logits, state.labels), attack.achieves(logits, state.labels) | state.success
+    return losses.margin(logits, state.labels), attack.achieves(logits, state.labels) | state.success
 
 
 @jax.jit

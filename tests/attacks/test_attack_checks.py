@@ -138,7 +138,7 @@ def test_following_an_attack_changes_nothing():
     keys = attacks.example_keys(0, np.arange(len(images)))
     attack = gradient.pgd(epsilon=EPSILON, steps=8)
     path, plain = checks.follow(attack, model, keys, images, labels), attack(model, keys, images, labels)
-    assert path.losses.shape == path.adversarial.shape == (attack.evaluations + 1, len(images))
+    assert path.margins.shape == path.adversarial.shape == (attack.evaluations + 1, len(images))
     np.testing.assert_array_equal(path.result.success, plain.success)
     np.testing.assert_allclose(path.result.images, plain.images, atol=1e-6)
     assert (path.adversarial.any(axis=0) == np.asarray(plain.success)).all()
