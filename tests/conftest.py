@@ -20,6 +20,46 @@ LONGEST = (
     "test_readme.py",
 )
 
+# Files that verify one attack or study in depth: `-m slow` runs them, and so does CI. What holds of every attack and
+# study is in the default run (`test_attack_properties.py`, `test_studies_registry.py`).
+IN_DEPTH = (
+    "test_attack_apgd.py",
+    "test_attack_carlini_wagner.py",
+    "test_attack_channel.py",
+    "test_attack_checks.py",
+    "test_attack_detectors.py",
+    "test_attack_estimation.py",
+    "test_attack_expectation.py",
+    "test_attack_hop_skip_jump.py",
+    "test_attack_hyperplanes.py",
+    "test_attack_minimal.py",
+    "test_attack_patch.py",
+    "test_attack_patch_fool.py",
+    "test_attack_planting.py",
+    "test_attack_progression.py",
+    "test_attack_smoothing.py",
+    "test_attack_spatial.py",
+    "test_attack_square.py",
+    "test_attack_stickers.py",
+    "test_attack_suites.py",
+    "test_attack_travel.py",
+    "test_attack_universal.py",
+    "test_attack_warps.py",
+    "test_auto_attack_study.py",
+    "test_boundary_travel.py",
+    "test_certificate_study.py",
+    "test_physical_studies.py",
+    "test_sharding_attack_studies.py",
+    "test_sharding_attacks.py",
+    "test_spatial_attack_study.py",
+)
+
+
+def pytest_itemcollected(item):
+    """Marks what is left to `-m slow`."""
+    if item.path.name in IN_DEPTH:
+        item.add_marker(pytest.mark.slow)
+
 
 def pytest_collection_modifyitems(items):
     """The longest files first; otherwise as collected."""

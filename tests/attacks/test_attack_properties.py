@@ -136,7 +136,9 @@ def test_draws_and_bytes_belong_to_the_row_alone(name, norm):
     np.testing.assert_array_equal(shuffled.images, whole.images[order])
 
 
-@pytest.mark.parametrize(("name", "norm"), [case for case in EACH if ROWS[case.values[0]].restarts])
+@pytest.mark.parametrize(
+    ("name", "norm"), [case for case in EACH if ROWS[case.values[0]].restarts and case.values[1] == "linf"]
+)
 def test_more_restarts_are_no_weaker(name, norm):
     model, images = _model(4), _images(9, 24)
     labels = _predict(model, images)

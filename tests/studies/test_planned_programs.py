@@ -42,7 +42,12 @@ def compilations(tmp_path):
     jax.experimental.compilation_cache.compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("name", sorted(studies.STUDIES))
+_LONG = {"auto_attack", "certificate", "patch_attack", "physical_attack", "spatial_attack"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in _LONG else ()) for name in sorted(studies.STUDIES)]
+)
 def test_what_is_planned_is_what_runs(name, compilations):
     study = studies.build(name, **SMALL[name])
     subject = make_subject()
