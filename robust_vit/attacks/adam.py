@@ -68,18 +68,8 @@ class AdamAscent(skeleton.Attack, kw_only=True):
         moved = state.images + size * first / (1.0 - _DECAY[0] ** terms) / scale
         moved = self.norm.project(moved, state.clean, epsilon)
         achieved = self.achieves(found.logits, state.labels)
-        done = state.done
-        if self.stop_on_success:
-            done, moved = done | achieved, skeleton.select(achieved, state.images, moved)
-        return state.replace(
-            images=moved,
-            done=done,
-            success=state.success | achieved,
-            best=skeleton.select(achieved & ~state.success, state.images, state.best),
-            vanished=state.vanished + found.vanished,
-            first=first,
-            second=second,
-        )
+        stop = self.stop_on_success
+        return skeleton.follow(state, moved, achieved, found.vanished, stop_on_success=stop, first=first, second=second)
 
 
 def adam(

@@ -38,7 +38,7 @@ class AscentState(skeleton.State, kw_only=True):
     velocity: Float[Array, "batch height width channels"] | None
 
 
-class ProjectedAscent(skeleton.Attack, kw_only=True):
+class ProjectedAscent(skeleton.Climb, kw_only=True):
     """Projected steepest ascent of the loss in a ball. `robust_vit.attacks.build("pgd", ...)` makes one.
 
     Attributes:
@@ -49,8 +49,6 @@ class ProjectedAscent(skeleton.Attack, kw_only=True):
       steps: gradient steps from each start.
       restarts: starts, at least one.
       random_start: start uniformly in the ball rather than at the clean image.
-      stop_on_success: leave an example alone as soon as it reaches the goal, which the clean image may do by itself. Without it
-        every example takes all steps, and the images are the last iterates unless only an earlier one reached the goal.
     """
 
     epsilon: Any
@@ -60,17 +58,11 @@ class ProjectedAscent(skeleton.Attack, kw_only=True):
     steps: int = flax.struct.field(pytree_node=False, default=10)
     restarts: int = flax.struct.field(pytree_node=False, default=1)
     random_start: bool = flax.struct.field(pytree_node=False, default=True)
-    stop_on_success: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
     def evaluations(self) -> int:
         """Steps of one example at most, the evaluations of random starts' ends included."""
         return self.restarts * (self.steps + 1) if self.random_start else self.steps
-
-    @property
-    def judge_passes(self) -> int:
-        """One forward pass; without `stop_on_success` another one, of the last iterate."""
-        return 1 if self.stop_on_success else 2
 
     def sweep(self, epsilons: Float[Array, " sweep"]) -> ProjectedAscent:
         """This attack at each radius, its numbers stacked: `jax.vmap(lambda a: a(model, keys, images, labels))(a.sweep(e))`."""
@@ -97,25 +89,8 @@ class ProjectedAscent(skeleton.Attack, kw_only=True):
             fresh = jax.lax.cond(jnp.any(starts), lambda: self._start(state, restart), lambda: moved)
             moved = skeleton.select(starts, fresh, moved)
         achieved = self.achieves(found.logits, state.labels)
-        done = state.done
-        if self.stop_on_success:
-            done = done | achieved
-            moved = skeleton.select(achieved, state.images, moved)
-        return state.replace(
-            images=moved,
-            done=done,
-            success=state.success | achieved,
-            best=skeleton.select(achieved & ~state.success, state.images, state.best),
-            vanished=state.vanished + found.vanished,
-            velocity=velocity,
-        )
-
-    def answer(self, model: skeleton.Model, state: skeleton.State) -> jax.Array:
-        """With `stop_on_success` the success or the last iterate; without, the last iterate wherever it is one."""
-        if self.stop_on_success:
-            return state.images
-        last = self.achieves(evaluation.logits(model, state.images, state.keys, state.count), state.labels)
-        return skeleton.select(state.success & ~last, state.best, state.images)
+        stop = self.stop_on_success
+        return skeleton.follow(state, moved, achieved, found.vanished, stop_on_success=stop, velocity=velocity)
 
     def _accelerate(self, velocity: jax.Array, gradients: jax.Array, phase: jax.Array) -> jax.Array:
         # The gradient at a boundary is of another start's end.

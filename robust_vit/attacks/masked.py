@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from robust_vit.attacks import arguments, evaluation, norms, skeleton, threats
+from robust_vit.attacks import arguments, norms, skeleton, threats
 
 _MOMENTS = (0.9, 0.999)
 _TINY = 1e-8
@@ -45,7 +45,7 @@ class Look(NamedTuple):
     fixed: dict[str, jax.Array]
 
 
-class MaskedAscent(skeleton.Attack, kw_only=True):
+class MaskedAscent(skeleton.Climb, kw_only=True):
     """Adam from a random start under a mask, in a ball. A subclass defines `look`.
 
     The first evaluation is of the clean image; a success there ends the attack of an untouched image.
@@ -56,7 +56,6 @@ class MaskedAscent(skeleton.Attack, kw_only=True):
       decay: factor of the rate every `decay_every` steps.
       decay_every: static.
       steps: of Adam.
-      stop_on_success: leave an example alone as soon as it reaches the goal.
     """
 
     epsilon: Any
@@ -64,7 +63,6 @@ class MaskedAscent(skeleton.Attack, kw_only=True):
     decay: Any
     decay_every: int = flax.struct.field(pytree_node=False, default=10)
     steps: int = flax.struct.field(pytree_node=False, default=250)
-    stop_on_success: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
     def evaluations(self) -> int:
@@ -92,30 +90,8 @@ class MaskedAscent(skeleton.Attack, kw_only=True):
         second = _MOMENTS[1] * state.second + (1 - _MOMENTS[1]) * jnp.square(directions)
         moved = skeleton.select(begins, self._start(state), state.images + self._moves(state, first, second))
         moved = self.norm.project(jnp.where(fixed["mask"], moved, state.clean), state.clean, self._epsilon(state))
-        if self.stop_on_success:
-            moved = skeleton.select(achieved, state.images, moved)
-        return state.replace(
-            images=moved,
-            **fixed,
-            first=first,
-            second=second,
-            done=state.done | (achieved if self.stop_on_success else False),
-            success=state.success | achieved,
-            best=skeleton.select(achieved & ~state.success, state.images, state.best),
-            vanished=state.vanished + found.vanished,
-        )
-
-    def answer(self, model: skeleton.Model, state: skeleton.State) -> jax.Array:
-        """The first success where it ended the attack; else the last image, unless only an earlier one was a success."""
-        if self.stop_on_success:
-            return state.images
-        last = self.achieves(evaluation.logits(model, state.images, state.keys, state.count), state.labels)
-        return skeleton.select(state.success & ~last, state.best, state.images)
-
-    @property
-    def judge_passes(self) -> int:
-        """One forward pass; without `stop_on_success` another one, of the last image."""
-        return 1 if self.stop_on_success else 2
+        fields = {**fixed, "first": first, "second": second}
+        return skeleton.follow(state, moved, achieved, found.vanished, stop_on_success=self.stop_on_success, **fields)
 
     def _epsilon(self, state: State) -> jax.Array:
         return jnp.asarray(self.epsilon, state.clean.dtype)

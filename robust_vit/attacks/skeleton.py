@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -196,6 +196,54 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
     def achieves(self, logits: jax.Array, labels: jax.Array) -> Bool[Array, " batch"]:
         """Whether the prediction is what the attack wants."""
         return self.goal.achieved(jnp.argmax(logits, axis=-1), labels)
+
+
+class Climb(Attack, kw_only=True):
+    """The base of attacks that move an image step by step and return where they end.
+
+    Attributes:
+      stop_on_success: leave an example alone as soon as it reaches the goal, which the clean image may do by itself. Without it
+        every example takes all steps, and the images are the last iterates unless only an earlier one reached the goal.
+    """
+
+    stop_on_success: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @property
+    def judge_passes(self) -> int:
+        """One forward pass; without `stop_on_success` another one, of the last iterate."""
+        return 1 if self.stop_on_success else 2
+
+    def answer(self, model: Model, state: State) -> jax.Array:
+        """With `stop_on_success` the success or the last iterate; without, the last iterate wherever it is one."""
+        if self.stop_on_success:
+            return state.images
+        last = self.achieves(evaluation.logits(model, state.images, state.keys, state.count), state.labels)
+        return select(state.success & ~last, state.best, state.images)
+
+
+def follow(
+    state: State, moved: jax.Array, achieved: jax.Array, vanished: jax.Array, *, stop_on_success: bool, **fields: Any
+) -> State:
+    """The state after images were looked at and moved: the first success is kept, and ends the attack where it should.
+
+    Args:
+      state: before.
+      moved: where the images go.
+      achieved: those looked at reach the goal.
+      vanished: their gradient is zero everywhere or not finite.
+      stop_on_success: a success stays where it is.
+      **fields: what else has changed of the state.
+    """
+    if stop_on_success:
+        moved = select(achieved, state.images, moved)
+    return state.replace(
+        images=moved,
+        done=state.done | achieved if stop_on_success else state.done,
+        success=state.success | achieved,
+        best=select(achieved & ~state.success, state.images, state.best),
+        vanished=state.vanished + vanished,
+        **fields,
+    )
 
 
 def advance(state: State, index: jax.Array, attack: Attack, model: Model) -> State:
