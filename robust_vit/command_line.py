@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
-from robust_vit import errors
+from robust_vit import allocation, errors
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count.
 _FRACTION = r"\d+(?:\.\d+)?/\d+(?:\.\d+)?"
@@ -50,11 +50,12 @@ def processes_given() -> dict[str, Any]:
 
 
 def configure_jax() -> None:
-    """Turns on the persistent compilation cache of the user, unless the environment names one.
+    """Keeps freed memory, and turns on the persistent compilation cache of the user, unless the environment names one.
 
     It lives under `XDG_CACHE_HOME` (or `~/.cache`), in a folder of its own for each kind of processor: programs compiled
     for one may not run on another that shares the home folder.
     """
+    allocation.keep_freed_memory()
     import jax
 
     logger()

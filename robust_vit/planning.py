@@ -135,7 +135,7 @@ def calibrate(parts: Sequence[Part], setups: Mapping[str, runs.Setup]) -> Speed:
                 weight[program.key] = weight.get(program.key, 0.0) + cost.flops * program.times
                 candidates[program.key] = part.run, program, cost
     until = time.monotonic() + CALIBRATION_SECONDS
-    limit = programs.MARGIN * programs.device_memory()
+    limit = programs.margin() * programs.device_memory()
     seconds: dict[tuple, float] = {}
     done: dict[str, list[tuple[float, float]]] = {}
     for key in sorted(candidates, key=weight.get, reverse=True):
@@ -194,10 +194,10 @@ def render(parts: Sequence[Part], speed: Speed) -> str:
         "number of operations: within 3. Reading images, statistics, checkpoints and the report come on top.",
     ]
     for part in parts:
-        if part.largest is not None and part.share and part.largest.memory > programs.MARGIN * limit:
+        if part.largest is not None and part.share and part.largest.memory > programs.margin() * limit:
             lines.append(
                 f"{part.run}: {part.name} needs {programs.size_text(part.largest.memory)}, more than "
-                f"{programs.MARGIN:.0%} of the device's memory: {_remedy(part)}."
+                f"{programs.margin():.0%} of the device's memory: {_remedy(part)}."
             )
     return "\n".join(lines)
 

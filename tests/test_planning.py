@@ -114,7 +114,7 @@ def test_as_few_parts_as_fit(folder, tmp_path, monkeypatch):
     assert sizes[1] > sizes[2]
     automatic = runs.prepare(_config(folder, **{"train.accumulate": "auto", "data.batch": 64}), tmp_path)
     for parts, size in sizes.items():
-        monkeypatch.setenv(programs.LIMIT_VARIABLE, repr(1.001 * size / programs.MARGIN / 2**30))
+        monkeypatch.setenv(programs.LIMIT_VARIABLE, repr(1.001 * size / programs.margin() / 2**30))
         assert train.settle(automatic).config.train.accumulate == parts
 
 

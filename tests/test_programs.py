@@ -92,11 +92,11 @@ def _batched(batch):
     return [_program(_product, _shape(batch, 64), _shape(64, 64))]
 
 
-@pytest.mark.parametrize(("kibibytes", "expected"), [(1000, 256), (64, 64), (20, 4)])
+@pytest.mark.parametrize(("kibibytes", "expected"), [(1800, 256), (116, 64), (36, 4)])
 def test_the_largest_power_of_two_that_fits(monkeypatch, kibibytes, expected):
     monkeypatch.setenv(programs.LIMIT_VARIABLE, str(kibibytes / 2**20))
     assert programs.choose_batch(_batched, most=200, what="batch") == expected
-    limit = programs.MARGIN * kibibytes * 1024
+    limit = programs.margin() * kibibytes * 1024
     assert 16384 + 512 * expected <= limit
     assert expected == 256 or 16384 + 512 * 2 * expected > limit
 

@@ -8,11 +8,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from robust_vit.attacks import arguments, evaluation, norms, skeleton, threats
+from robust_vit.attacks import arguments, evaluation, moments, norms, skeleton, threats
 
-_DECAY = (0.9, 0.999)  # Of the means of gradients and of their squares (Kingma & Ba 2015, arXiv 1412.6980).
 _STABILISER = 1e-7  # Added to the root of the second mean: the default of Keras, which Paul & Chen leave as it is.
 
 
@@ -20,12 +18,10 @@ class State(skeleton.State, kw_only=True):
     """Where each example's ascent stands.
 
     Attributes:
-      first: running mean of the gradients.
-      second: running mean of their squares.
+      moments: of the gradients so far.
     """
 
-    first: Float[Array, "batch height width channels"]
-    second: Float[Array, "batch height width channels"]
+    moments: moments.Moments
 
 
 class AdamAscent(skeleton.Attack, kw_only=True):
@@ -51,25 +47,20 @@ class AdamAscent(skeleton.Attack, kw_only=True):
 
     def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
         """Nothing seen yet. No passes."""
-        zeros = jnp.zeros_like(images)
-        return State(**skeleton.blank(keys, images, labels), first=zeros, second=zeros)
+        fields = skeleton.blank(keys, images, labels)
+        return State(**fields, moments=moments.zeros(fields["clean"]))
 
     def step(self, model: skeleton.Model, state: State) -> State:
         """Evaluates the current images and moves them. One forward and backward pass."""
         found = evaluation.ascent(self.loss, model, state.images, state.keys, state.labels, draw=state.count)
-        gradients = self.goal.direction * found.gradients
-        first = _DECAY[0] * state.first + (1.0 - _DECAY[0]) * gradients
-        second = _DECAY[1] * state.second + (1.0 - _DECAY[1]) * gradients**2
-        # Both means start at zero, which the number of terms makes up for.
-        terms = (state.count + 1).astype(first.dtype)[:, None, None, None]
-        scale = jnp.sqrt(second / (1.0 - _DECAY[1] ** terms)) + _STABILISER
-        epsilon = jnp.asarray(self.epsilon, first.dtype)
-        size = epsilon * jnp.asarray(self.relative_step, first.dtype)
-        moved = state.images + size * first / (1.0 - _DECAY[0] ** terms) / scale
+        updated = state.moments.update(self.goal.direction * found.gradients)
+        epsilon = jnp.asarray(self.epsilon, state.clean.dtype)
+        size = epsilon * jnp.asarray(self.relative_step, epsilon.dtype)
+        moved = state.images + size * updated.direction(state.count + 1, _STABILISER)
         moved = self.norm.project(moved, state.clean, epsilon)
         achieved = self.achieves(found.logits, state.labels)
         stop = self.stop_on_success
-        return skeleton.follow(state, moved, achieved, found.vanished, stop_on_success=stop, first=first, second=second)
+        return skeleton.follow(state, moved, achieved, found.vanished, stop_on_success=stop, moments=updated)
 
 
 def adam(

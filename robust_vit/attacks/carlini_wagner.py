@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -11,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_vit import errors, losses
-from robust_vit.attacks import arguments, evaluation, minimal, norms, skeleton, threats
+from robust_vit.attacks import arguments, evaluation, minimal, moments, norms, skeleton, threats
 
-_DECAY, _SQUARE_DECAY, _ADAM_FLOOR = 0.9, 0.999, 1e-8
+_ADAM_FLOOR = 1e-8
 _INSIDE = 1.0 - 1e-6  # Pixels at the ends of [0, 1] would be infinitely far away behind the change of variables.
 _UNBOUNDED = 1e10
 _CHECKS = 4  # A round is looked at this often for progress.
@@ -24,7 +25,7 @@ class State(minimal.State, kw_only=True):
 
     Attributes:
       modifier: what is optimised: `images = (tanh(atanh(2 clean - 1) + modifier) + 1) / 2`.
-      mean, square: Adam's averages.
+      moments: Adam's, in this round.
       weight: of the loss beside the squared distance, in this round.
       too_small, too_large: bounds of the weight that the rounds have found.
       iteration: in this round.
@@ -35,8 +36,7 @@ class State(minimal.State, kw_only=True):
     """
 
     modifier: Float[Array, "batch height width channels"]
-    mean: Float[Array, "batch height width channels"]
-    square: Float[Array, "batch height width channels"]
+    moments: moments.Moments
     weight: Float[Array, " batch"]
     too_small: Float[Array, " batch"]
     too_large: Float[Array, " batch"]
@@ -103,7 +103,10 @@ class CarliniWagner(minimal.MinimalAttack, kw_only=True):
             optimised = optimised.replace(least=least, earlier=jnp.where(looked_at, least, state.earlier))
         following = self._next_round(optimised)
         changed = {
-            name: skeleton.select(ends, getattr(following, name), getattr(optimised, name)) for name in _OF_A_ROUND
+            name: jax.tree.map(
+                functools.partial(skeleton.select, ends), getattr(following, name), getattr(optimised, name)
+            )
+            for name in _OF_A_ROUND
         }
         moved = optimised.replace(**changed)
         return moved.replace(done=moved.done | (moved.round >= self.rounds))
@@ -115,14 +118,10 @@ class CarliniWagner(minimal.MinimalAttack, kw_only=True):
         shift = jnp.arctanh((2.0 * state.clean - 1.0) * _INSIDE)
         gradients = gradients * 0.5 * (1.0 - jnp.tanh(shift + state.modifier) ** 2)
         iteration = state.iteration + 1
-        number = iteration.astype(state.weight.dtype)
-        mean = _DECAY * state.mean + (1.0 - _DECAY) * gradients
-        square = _SQUARE_DECAY * state.square + (1.0 - _SQUARE_DECAY) * gradients * gradients
-        mean_hat = mean / _wide(1.0 - _DECAY**number)
-        square_hat = square / _wide(1.0 - _SQUARE_DECAY**number)
-        modifier = state.modifier - self.learning_rate * mean_hat / (jnp.sqrt(square_hat) + _ADAM_FLOOR)
+        updated = state.moments.update(gradients)
+        modifier = state.modifier - self.learning_rate * updated.direction(iteration, _ADAM_FLOOR)
         images = 0.5 * (jnp.tanh(shift + modifier) + 1.0)
-        return state.replace(images=images, modifier=modifier, mean=mean, square=square, iteration=iteration)
+        return state.replace(images=images, modifier=modifier, moments=updated, iteration=iteration)
 
     def _next_round(self, state: State) -> State:
         """The weight between the bounds, or ten times as large while none was too large."""
@@ -192,8 +191,7 @@ def carlini_wagner(
 _OF_A_ROUND = (
     "images",
     "modifier",
-    "mean",
-    "square",
+    "moments",
     "weight",
     "too_small",
     "too_large",
@@ -209,8 +207,7 @@ def _fresh_round(images: jax.Array) -> dict[str, jax.Array]:
     batch = images.shape[0]
     return {
         "modifier": jnp.zeros_like(images),
-        "mean": jnp.zeros_like(images),
-        "square": jnp.zeros_like(images),
+        "moments": moments.zeros(images),
         "iteration": jnp.zeros(batch, jnp.int32),
         "reached": jnp.zeros(batch, bool),
         "least": jnp.full(batch, jnp.inf, images.dtype),

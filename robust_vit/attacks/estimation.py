@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from robust_vit.attacks import arguments, evaluation, norms, skeleton, threats
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How estimates become a step.
-
-    Attributes:
-      name: of the rule.
-      first: share that the running mean of the estimates keeps in a step.
-      second: share that the running mean of their squares keeps; 0 where the rule does not use it.
-      move: `(mean, mean of squares, norm) -> direction`, of about length one in the norm.
-    """
-
-    name: str
-    first: float
-    second: float
-    move: Callable
+from robust_vit.attacks import arguments, evaluation, moments, norms, skeleton, threats
 
 
-def _steepest(mean: jax.Array, squares: jax.Array, norm: norms.Norm) -> jax.Array:
-    return norm.ascend(mean)
+def momentum(held: moments.Moments, terms: jax.Array, norm: norms.Norm) -> jax.Array:
+    """The steepest step along the running mean of the estimates (Ilyas et al. 2018)."""
+    del terms
+    return norm.ascend(held.mean)
 
 
-def _adam(mean: jax.Array, squares: jax.Array, norm: norms.Norm) -> jax.Array:
-    # Its steps are of about one in each pixel; where all of them are, the whole is to be of length one.
-    return mean / (jnp.sqrt(squares) + 1e-8) / norm.measure(jnp.ones_like(mean))[:, None, None, None]
-
-
-# Ilyas et al. 2018: signs of a gradient with momentum 0.9. Uesato et al. 2018: Adam (Kingma & Ba 2015, arXiv 1412.6980).
-MOMENTUM = Rule("momentum", 0.9, 0.0, _steepest)
-ADAM = Rule("adam", 0.9, 0.999, _adam)
+def adam(held: moments.Moments, terms: jax.Array, norm: norms.Norm) -> jax.Array:
+    """Adam's step (Uesato et al. 2018): about one in each pixel, and here about of length one as a whole."""
+    direction = held.direction(terms, 1e-8)
+    return direction / norm.measure(jnp.ones_like(direction))[:, None, None, None]
 
 
 def _gaussian(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -57,12 +36,10 @@ class State(skeleton.State, kw_only=True):
     """Where each example's ascent stands.
 
     Attributes:
-      mean: running mean of the estimated gradients, starting at zero.
-      squares: of their squares.
+      moments: of the estimated gradients.
     """
 
-    mean: Float[Array, "batch height width channels"]
-    squares: Float[Array, "batch height width channels"]
+    moments: moments.Moments
 
 
 class EstimatedAscent(skeleton.Attack, kw_only=True):
@@ -73,7 +50,7 @@ class EstimatedAscent(skeleton.Attack, kw_only=True):
       step_size: length of a step, in units of epsilon.
       radius: how far from the image the loss is asked: standard deviation of what is added to a pixel.
       directions: `(key, shape, dtype) -> directions`, independent entries of mean 0 and variance 1.
-      rule: how estimates become a step.
+      rule: `(moments, terms in them, norm) -> direction` of about length one in the norm: `momentum` or `adam`.
       samples: antithetic pairs a step.
       steps: at most.
     """
@@ -82,7 +59,7 @@ class EstimatedAscent(skeleton.Attack, kw_only=True):
     step_size: Any
     radius: Any
     directions: Callable = flax.struct.field(pytree_node=False, default=_gaussian)
-    rule: Rule = flax.struct.field(pytree_node=False, default=MOMENTUM)
+    rule: Callable = flax.struct.field(pytree_node=False, default=momentum)
     samples: int = flax.struct.field(pytree_node=False, default=25)
     steps: int = flax.struct.field(pytree_node=False, default=100)
 
@@ -99,8 +76,7 @@ class EstimatedAscent(skeleton.Attack, kw_only=True):
     def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
         """At the clean image. No passes."""
         fields = skeleton.blank(keys, images, labels)
-        zeros = jnp.zeros_like(fields["clean"])
-        return State(**fields, mean=zeros, squares=zeros)
+        return State(**fields, moments=moments.zeros(fields["clean"]))
 
     def step(self, model: skeleton.Model, state: State) -> State:
         """Asks about the image and its neighbours in one batch, and moves. `1 + 2 * samples` forward passes."""
@@ -121,26 +97,20 @@ class EstimatedAscent(skeleton.Attack, kw_only=True):
         estimate = skeleton.select(is_flat, jnp.zeros_like(estimate), estimate)
 
         achieved = self.achieves(logits[0], state.labels)
-        mean = self.rule.first * state.mean + (1 - self.rule.first) * estimate
-        squares = self.rule.second * state.squares + (1 - self.rule.second) * estimate**2
+        updated = state.moments.update(estimate)
         return state.replace(
-            images=skeleton.select(achieved, state.images, self._move(state, mean, squares)),
+            images=skeleton.select(achieved, state.images, self._move(state, updated)),
             done=state.done | achieved,
             success=state.success | achieved,
             best=skeleton.select(achieved & ~state.success, state.images, state.best),
             vanished=state.vanished + is_flat,
-            mean=mean,
-            squares=squares,
+            moments=updated,
         )
 
-    def _move(self, state: State, mean: jax.Array, squares: jax.Array) -> jax.Array:
-        epsilon = jnp.asarray(self.epsilon, mean.dtype)
-        # Running means that started at zero are too small at first.
-        taken = (state.count + 1).astype(mean.dtype)[:, None, None, None]
-        direction = self.rule.move(
-            mean / (1 - self.rule.first**taken), squares / (1 - self.rule.second**taken), self.norm
-        )
-        size = self.goal.direction * epsilon * jnp.asarray(self.step_size, mean.dtype)
+    def _move(self, state: State, updated: moments.Moments) -> jax.Array:
+        epsilon = jnp.asarray(self.epsilon, state.clean.dtype)
+        direction = self.rule(updated, state.count + 1, self.norm)
+        size = self.goal.direction * epsilon * jnp.asarray(self.step_size, epsilon.dtype)
         return self.norm.project(state.images + size * direction, state.clean, epsilon)
 
 
@@ -180,7 +150,7 @@ def nes(
         loss,
         goal,
         directions=_gaussian,
-        rule=MOMENTUM,
+        rule=momentum,
         samples=samples,
         steps=steps,
         radius=radius,
@@ -210,7 +180,7 @@ def spsa(
         loss,
         goal,
         directions=_signs,
-        rule=ADAM,
+        rule=adam,
         samples=samples,
         steps=steps,
         radius=radius,
@@ -224,7 +194,7 @@ def _build(
     goal: str | skeleton.Goal,
     *,
     directions: Callable,
-    rule: Rule,
+    rule: Callable,
     samples: int,
     steps: int,
     radius: float,

@@ -75,17 +75,19 @@ class FastMinimumNorm(minimal.MinimalAttack, kw_only=True):
     Attributes:
       step_size: L2 length of the first step, in pixel units; the last ones have a hundredth of it.
       radius_change: share by which the radius first grows or shrinks; 0.001 in the end.
-      steps: gradient steps.
+      steps: gradient steps of each run.
+      restarts: runs; all but the first from a random start in the ball of the nearest success.
     """
 
     step_size: Any
     radius_change: Any
     steps: int = flax.struct.field(pytree_node=False, default=100)
+    restarts: int = flax.struct.field(pytree_node=False, default=1)
 
     @property
     def evaluations(self) -> int:
         """Steps of one example at most."""
-        return self.steps
+        return self.restarts * self.steps
 
     def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
         """The clean image. No passes."""
@@ -98,15 +100,21 @@ class FastMinimumNorm(minimal.MinimalAttack, kw_only=True):
         achieved = self.achieves(found.logits, state.labels)
         recorded = self.record(state, state.images, achieved)
         dtype = state.radius.dtype
-        change = _fall(state.count, self.steps, self.radius_change, _LAST_CHANGE, dtype)
+        count = state.count % self.steps
+        change = _fall(count, self.steps, self.radius_change, _LAST_CHANGE, dtype)
         # Before the first success the ball ends past the boundary of an affine model: on it, rounding would decide.
         ahead = jnp.abs(found.values).astype(dtype) / jnp.maximum(minimal.slope(self.norm, found.gradients), 1e-12)
         estimate = self.norm.measure(state.images - state.clean) + ahead
         failed = jnp.where(state.success, state.radius * (1.0 + change), estimate * (1.0 + _LAST_CHANGE))
         radius = jnp.where(achieved, jnp.minimum(state.radius * (1.0 - change), recorded.nearest), failed)
         radius = jnp.minimum(radius, _farthest(self.norm, state.clean))
-        length = _fall(state.count, self.steps, self.step_size, _LAST_STEP * self.step_size, dtype)
+        length = _fall(count, self.steps, self.step_size, _LAST_STEP * self.step_size, dtype)
         moved = state.images + _wide(self.goal.direction * length) * norms.L2.ascend(found.gradients)
+        if self.restarts > 1:
+            ends = count == self.steps - 1
+            radius = jnp.where(ends & recorded.success, recorded.nearest, radius)
+            keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
+            moved = skeleton.select(ends, state.clean + self.norm.draw(keys, state.clean, radius), moved)
         moved = self.norm.project(moved, state.clean, radius)
         return recorded.replace(images=moved, radius=radius, vanished=state.vanished + found.vanished)
 
@@ -161,6 +169,7 @@ def fmn(
     norm: str | norms.Norm | None = None,
     threat: str | threats.ThreatModel | None = None,
     steps: int = 100,
+    restarts: int = 1,
     step_size: float = 1.0,
     radius_change: float = 0.05,
     goal: str | skeleton.Goal = "untargeted",
@@ -169,19 +178,20 @@ def fmn(
 
     Departures: the projection is the nearest point of ball and box at once, not of one after the other, and before the first
     success the radius is a thousandth above the estimate, which for an affine model is on the boundary.
-    Cost: `steps` forward and backward passes at most, and one forward pass that judges.
+    Cost: `restarts * steps` forward and backward passes at most, and one forward pass that judges.
 
     Args:
       epsilon: end an example at the first success at most this far away, in pixel units; None seeks on.
       norm: `linf`, `l2` or `l1`.
       threat: a threat model or its name (`cifar10/linf-8`), in place of `epsilon` and `norm`.
-      steps: gradient steps.
+      steps: gradient steps of each run.
+      restarts: runs; all but the first start in a random point of the ball that the nearest success lies on.
       step_size: L2 length of the first step, in pixel units.
       radius_change: share by which the radius grows or shrinks in the first step, in (0, 1).
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
     """
     epsilon, norm = minimal.ball("fmn", epsilon, norm, threat, ("linf", "l2", "l1"))
-    arguments.counts(steps=steps)
+    arguments.counts(steps=steps, restarts=restarts)
     arguments.positive(step_size=step_size)
     arguments.shares(radius_change=radius_change)
     return FastMinimumNorm(
@@ -192,6 +202,7 @@ def fmn(
         step_size=arguments.number(step_size),
         radius_change=arguments.number(radius_change),
         steps=steps,
+        restarts=restarts,
     )
 
 

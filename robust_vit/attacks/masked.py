@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from robust_vit.attacks import arguments, norms, skeleton, threats
+from robust_vit.attacks import arguments, moments, norms, skeleton, threats
 
-_MOMENTS = (0.9, 0.999)
 _TINY = 1e-8
 
 
@@ -20,13 +19,11 @@ class State(skeleton.State, kw_only=True):
 
     Attributes:
       mask: the pixels that may change.
-      first: Adam's mean of gradients.
-      second: its mean of their squares.
+      moments: Adam's, of the directions so far.
     """
 
     mask: Bool[Array, "batch height width 1"]
-    first: Float[Array, "batch height width channels"]
-    second: Float[Array, "batch height width channels"]
+    moments: moments.Moments
 
 
 class Look(NamedTuple):
@@ -72,8 +69,8 @@ class MaskedAscent(skeleton.Climb, kw_only=True):
     def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
         """The state before any evaluation. No passes."""
         common = skeleton.blank(keys, images, labels)
-        zeros = jnp.zeros_like(common["clean"])
-        return State(**common, mask=jnp.zeros((*zeros.shape[:3], 1), bool), first=zeros, second=zeros)
+        clean = common["clean"]
+        return State(**common, mask=jnp.zeros((*clean.shape[:3], 1), bool), moments=moments.zeros(clean))
 
     def look(self, model: skeleton.Model, state: State) -> Look:
         """What the model says of the current images; its passes are those of a step."""
@@ -86,11 +83,10 @@ class MaskedAscent(skeleton.Climb, kw_only=True):
         fixed = {name: skeleton.select(begins, new, getattr(state, name)) for name, new in found.fixed.items()}
         achieved = self.achieves(found.logits, state.labels)
         directions = jnp.where(fixed["mask"] & ~begins[:, None, None, None], found.directions, 0.0)
-        first = _MOMENTS[0] * state.first + (1 - _MOMENTS[0]) * directions
-        second = _MOMENTS[1] * state.second + (1 - _MOMENTS[1]) * jnp.square(directions)
-        moved = skeleton.select(begins, self._start(state), state.images + self._moves(state, first, second))
+        updated = state.moments.update(directions)
+        moved = skeleton.select(begins, self._start(state), state.images + self._moves(state, updated))
         moved = self.norm.project(jnp.where(fixed["mask"], moved, state.clean), state.clean, self._epsilon(state))
-        fields = {**fixed, "first": first, "second": second}
+        fields = {**fixed, "moments": updated}
         return skeleton.follow(state, moved, achieved, found.vanished, stop_on_success=self.stop_on_success, **fields)
 
     def _epsilon(self, state: State) -> jax.Array:
@@ -100,14 +96,11 @@ class MaskedAscent(skeleton.Climb, kw_only=True):
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(state.keys)
         return state.clean + self.norm.draw(keys, state.clean, self._epsilon(state))
 
-    def _moves(self, state: State, first: jax.Array, second: jax.Array) -> jax.Array:
-        taken = jnp.maximum(state.count, 1).astype(first.dtype)
-        rate = self.learning_rate * self.decay ** ((taken - 1) // self.decay_every)
-        first_share, second_share = (1 - jnp.power(jnp.asarray(m, first.dtype), taken) for m in _MOMENTS)
-        scaled = (first / first_share[:, None, None, None]) / (
-            jnp.sqrt(second / second_share[:, None, None, None]) + _TINY
-        )
-        return rate.astype(first.dtype)[:, None, None, None] * scaled
+    def _moves(self, state: State, updated: moments.Moments) -> jax.Array:
+        dtype = state.clean.dtype
+        taken = jnp.maximum(state.count, 1)
+        rate = self.learning_rate * self.decay ** ((taken - 1) // self.decay_every).astype(dtype)
+        return rate.astype(dtype)[:, None, None, None] * updated.direction(taken, _TINY)
 
 
 def settings(

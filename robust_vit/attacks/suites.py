@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -182,7 +183,7 @@ def auto_attack(
       attacks: other attacks by name, in their order, in place of a version's. A minimal attack succeeds within epsilon.
       exact: the published budgets to the last step, at the cost of passes that no longer change a decision.
       individual: every attack on all examples that the model gets right, so that attacks can be compared.
-      slots: examples attacked at a time.
+      slots: examples attacked at a time, at most: the few that an attack meets share as few slots as keep all of them busy.
       stride: steps between two looks at what is finished.
       seed: of the draws, which depend on it and the row alone.
       directory: where finished examples are saved: a killed suite goes on from there, within an attack too. The same call
@@ -205,13 +206,13 @@ def auto_attack(
         model = _stochastic(model) if version == "rand" else model
         classes = evaluation.count_classes(model, np.shape(first))
         attacks, notes = members(version, epsilon=float(radius), norm=norm, classes=classes, exact=exact)
-    options = {"slots": slots, "stride": stride, "seed": seed, "mesh": mesh}
+    options = {"stride": stride, "seed": seed, "mesh": mesh}
 
-    def attempt(attack: skeleton.Attack, name: str, chosen: Any) -> runner.RunResult:
+    def attempt(attack: skeleton.Attack, name: str, chosen: Any, size: int) -> runner.RunResult:
         folder = None if directory is None else pathlib.Path(directory) / name
-        return runner.run(attack, model, _Chosen(batches, chosen), directory=folder, **options)
+        return runner.run(attack, model, _Chosen(batches, chosen), directory=folder, slots=size, **options)
 
-    clean = attempt(_Clean(norm=norm), "clean", None)
+    clean = attempt(_Clean(norm=norm), "clean", None, slots)
     correct = ~clean.success
     _logger.info("clean accuracy %.2f %% of %d images", 100 * correct.mean(), len(correct))
     shape = (len(correct), len(attacks))
@@ -225,7 +226,8 @@ def auto_attack(
         started = time.monotonic()
         line = {"attack": name, "attempted": int(standing.sum()), "fell": 0, "executed": 0, "useful": 0}
         if standing.any():
-            found = attempt(attack, f"{column}_{name}", standing)
+            size = _even(int(standing.sum()), slots, 1 if mesh is None else mesh.size)
+            found = attempt(attack, f"{column}_{name}", standing, size)
             within = found.distance <= float(radius) * (1 + _TOLERANCE)
             success[standing, column] = found.success & within
             distance[standing, column] = found.distance
@@ -282,6 +284,16 @@ def programs(
         for program in runner.programs(attack, model, images, examples=examples, stride=stride):
             found.append(dataclasses.replace(program, name=f"{name}: {program.name}"))
     return found
+
+
+def _even(count: int, slots: int, devices: int) -> int:
+    """The slots of an attack on `count` examples: in as many rounds as `slots` take, none of them nearly empty.
+
+    One of about eight sizes, so that suites on other examples meet the same compiled programs; a multiple of `devices`.
+    """
+    unit = math.lcm(max(1, slots // 8), devices)
+    even = -(-count // -(-count // slots))
+    return min(slots, -(-even // unit) * unit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,6 +83,7 @@ ROWS = {
         exact=("linf", "l2", "l1"),
         options={"steps": 30},
         sharp={"steps": 300},
+        restarts=True,
     ),
     "carlini_wagner": Row(
         "minimal",

@@ -35,7 +35,7 @@ def test_the_estimate_is_the_gradient_of_the_mean(name, goal):
     weights = np.asarray(model.variables["w"])
     attack = attacks.build(name, epsilon=1e-6, samples=2000, loss="margin", goal=goal)
     state = _step(attack, model, attack.init(keys, images, labels if goal == "untargeted" else 1 - labels))
-    estimate = np.asarray(state.mean).reshape(6, -1) / (1 - attack.rule.first)
+    estimate = np.asarray(state.moments.mean).reshape(6, -1) / (1 - 0.9)
     given = labels if goal == "untargeted" else 1 - labels
     exact = weights[:, 1 - given].T - weights[:, given].T
     z = (estimate - exact) / (np.linalg.norm(exact, axis=1, keepdims=True) / np.sqrt(2000))
@@ -56,7 +56,7 @@ def test_spsa_moves_as_adam_does():
     for _ in range(4):
         before = state
         state = _step(attack, sure, state)
-        estimate = (state.mean - 0.9 * before.mean) / (1 - 0.9)
+        estimate = (state.moments.mean - 0.9 * before.moments.mean) / (1 - 0.9)
         update, memory = optimizer.update(-estimate, memory)
         plain = plain + update
         np.testing.assert_allclose(state.images, plain, atol=2e-6)

@@ -77,6 +77,17 @@ def test_it_is_no_weaker_than_any_member_and_the_bits_say_so(examples, whole):
     assert all(line["useful"] <= line["executed"] for line in whole.log)
 
 
+@pytest.mark.parametrize(
+    ("count", "slots", "devices", "expected"),
+    [(19, 16, 1, 10), (128, 16, 1, 16), (3, 64, 1, 8), (3, 6, 1, 3), (65, 64, 1, 40), (5, 64, 3, 24), (1, 8, 8, 8)],
+)
+def test_slots_follow_what_is_left(count, slots, devices, expected):
+    """No more rounds than with all slots, at most an eighth of them idle, and the devices divide them."""
+    found = suites._even(count, slots, devices)
+    assert found == expected
+    assert -(-count // found) == -(-count // slots)
+
+
 def test_the_same_from_a_stream_with_padding(examples, whole):
     def part(start, stop, padding):
         batch = {name: array[start:stop] for name, array in examples.items()}

@@ -28,7 +28,7 @@ import numpy as np
 import passes
 import torch_process
 
-from robust_vit import classifier, loops, models
+from robust_vit import allocation, classifier, loops, models
 
 # Model, its options, images, side, classes, images at a time of the sliced rows.
 ROWS = {
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--peer_python", default=sys.executable, help="a Python that has torch and transformers")
     parser.add_argument("--resnet_weights", help="an .npz of a trained ResNet-20; random weights without it")
     flags = parser.parse_args()
+    allocation.keep_freed_memory()
     if flags.suite == "accelerator":
         accelerator.report(tiny=flags.tiny, rows=flags.rows.split(",") if flags.rows else None)
         return
