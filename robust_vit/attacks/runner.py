@@ -81,7 +81,7 @@ def run(
     *,
     slots: int,
     seed: int = 0,
-    stride: int = 2,
+    stride: int | None = None,
     refill: bool = True,
     keep_images: bool = False,
     directory: pathlib.Path | str | None = None,
@@ -100,7 +100,8 @@ def run(
         padding. A batch is read when a slot is free for it.
       slots: examples attacked at a time: the batch size of every pass.
       seed: of the draws.
-      stride: evaluations between two looks at what is finished; a look costs a synchronisation with the device.
+      stride: evaluations between two looks at what is finished; a look costs a synchronisation with the device. None looks
+        a hundred times in an attack that takes all its evaluations, and at most after every second.
       refill: False fills the slots only when all are free, as a plain loop over batches does.
       keep_images: return the adversarial images as well.
       directory: where to save finished examples, so that a killed run goes on from there. Another attack, model or setting
@@ -111,6 +112,7 @@ def run(
       UserError: what `attacks.check_inputs` refuses, found before the first step by three forward passes of the slots, which are
         not counted; a loss that is not finite.
     """
+    stride = _stride(attack) if stride is None else stride
     if slots < 1 or stride < 1:
         raise errors.UserError(f"slots is {slots} and stride {stride}: expected whole numbers from 1.")
     store = _Store(directory, attack, model, {"slots": slots, "seed": seed, "stride": stride, "images": keep_images})
@@ -130,7 +132,12 @@ def run(
 
 
 def programs(
-    attack: skeleton.Attack, model: skeleton.Model, images: jax.ShapeDtypeStruct, *, examples: int, stride: int = 2
+    attack: skeleton.Attack,
+    model: skeleton.Model,
+    images: jax.ShapeDtypeStruct,
+    *,
+    examples: int,
+    stride: int | None = None,
 ) -> list[compiled.Program]:
     """The compiled programs of `run` with how often each runs at most, for planning.
 
@@ -142,11 +149,16 @@ def programs(
       stride: as in `run`.
     """
     rounds = -(-examples // images.shape[0])
+    stride = _stride(attack) if stride is None else stride
     begin, state = skeleton.begin_program(attack, images)
     step = loops.plan(skeleton.advance, state, stride, attack, model, donate=True)
     times = step.times * rounds * -(-attack.evaluations // stride)
     judge = compiled.Program("judge", skeleton.finish, (attack, model, compiled.beside(state, model)), times=rounds)
     return [dataclasses.replace(begin, times=2 * rounds), dataclasses.replace(step, times=times), judge]
+
+
+def _stride(attack: skeleton.Attack) -> int:
+    return max(2, attack.evaluations // 100)
 
 
 class _Pool:

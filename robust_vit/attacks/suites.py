@@ -24,7 +24,6 @@ _logger = logging.getLogger(__name__)
 
 VERSIONS = ("standard", "plus", "rand")
 TARGETS = 9
-STRIDE = 2  # Steps between two looks at what is finished.
 SAMPLES = 20  # Draws of a stochastic model in each evaluation of the version "rand".
 _TOLERANCE = 1e-5  # Of the radius, relative: rounding of a distance measured again.
 
@@ -163,7 +162,7 @@ def auto_attack(
     exact: bool = False,
     individual: bool = False,
     slots: int = 64,
-    stride: int = STRIDE,
+    stride: int | None = None,
     seed: int = 0,
     directory: pathlib.Path | str | None = None,
     mesh: Mesh | None = None,
@@ -184,7 +183,7 @@ def auto_attack(
       exact: the published budgets to the last step, at the cost of passes that no longer change a decision.
       individual: every attack on all examples that the model gets right, so that attacks can be compared.
       slots: examples attacked at a time, at most: the few that an attack meets share as few slots as keep all of them busy.
-      stride: steps between two looks at what is finished.
+      stride: steps between two looks at what is finished; None as in `robust_vit.attacks.run`.
       seed: of the draws, which depend on it and the row alone.
       directory: where finished examples are saved: a killed suite goes on from there, within an attack too. The same call
         with other examples, model or settings is refused.
@@ -270,12 +269,12 @@ def programs(
     images: jax.ShapeDtypeStruct,
     *,
     examples: int,
-    stride: int = STRIDE,
+    stride: int | None = None,
 ) -> list[compiled.Program]:
     """The compiled programs of `auto_attack` with how often each runs at most, for planning. Arguments as there, and
 
     Args:
-      images: the shape of the slots.
+      images: the shape of all slots; an attack that meets few images runs the same programs with fewer.
       examples: how many there are.
     """
     norm = next(iter(attacks.values())).norm
@@ -289,9 +288,9 @@ def programs(
 def _even(count: int, slots: int, devices: int) -> int:
     """The slots of an attack on `count` examples: in as many rounds as `slots` take, none of them nearly empty.
 
-    One of about eight sizes, so that suites on other examples meet the same compiled programs; a multiple of `devices`.
+    One of about sixteen sizes, so that suites on other examples meet the same compiled programs; a multiple of `devices`.
     """
-    unit = math.lcm(max(1, slots // 8), devices)
+    unit = math.lcm(max(1, slots // 16), devices)
     even = -(-count // -(-count // slots))
     return min(slots, -(-even // unit) * unit)
 

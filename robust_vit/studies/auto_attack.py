@@ -33,7 +33,7 @@ class AutoAttack(study.Study):
       threat: the threat model's name, or None for the subject's.
       examples: how many test images, the first in the order of the data set, or None for all.
       together: images of a chunk: what a killed study computes again at most.
-      batch: images a compiled step; a finished one gives its slot to the next of the chunk; or "auto".
+      batch: images a compiled step at most; a finished one gives its slot to the next of the chunk; or "auto".
     """
 
     name: ClassVar[str] = "auto_attack"
@@ -97,7 +97,7 @@ class AutoAttack(study.Study):
         return images * (int(found[0]) + 2), images * int(found[1])
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
-        """The clean forward pass, and start, step and judgement of each attack."""
+        """The clean forward pass, and start, step and judgement of each attack, with all slots in use."""
         chunks = self.chunks(subject)
         images = forward.images(subject, self.batch)
         found = [forward.program(subject, self.together, times=chunks)]

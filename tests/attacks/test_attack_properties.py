@@ -1,4 +1,7 @@
-"""What holds for every registered attack: closed forms in the box, ball and box, identity, draws, refilling, restarts."""
+"""What holds for every registered attack: closed forms in the box, ball and box, identity, draws, refilling, restarts.
+
+The default run takes each attack in its first norm, and PGD's restarts; `-m slow` the others.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,21 @@ from robust_vit import attacks, classifier
 
 SHAPE = (3, 3, 2)
 ROWS = attack_table.ROWS
-EACH = [pytest.param(name, norm, id=f"{name}-{norm}") for name, row in ROWS.items() for norm in row.norms]
+
+
+def _case(*values, default: bool):
+    return pytest.param(*values, id="-".join(map(str, values)), marks=() if default else pytest.mark.slow)
+
+
+EACH = [_case(name, norm, default=norm == row.norms[0]) for name, row in ROWS.items() for norm in row.norms]
 CLOSED = [
-    pytest.param(name, norm, goal, classes, id=f"{name}-{norm}-{goal}-{classes}")
+    _case(name, norm, goal, classes, default=norm == row.exact[0] and goal == "untargeted")
     for name, row in ROWS.items()
     for norm in row.exact
     for goal, classes in (*(("untargeted", count) for count in row.classes), ("targeted", 2))
     if goal in row.goals
 ]
+RESTARTS = [_case(name, row.norms[0], default=name == "pgd") for name, row in ROWS.items() if row.restarts]
 
 
 def test_every_attack_has_a_row():
@@ -136,16 +146,14 @@ def test_draws_and_bytes_belong_to_the_row_alone(name, norm):
     np.testing.assert_array_equal(shuffled.images, whole.images[order])
 
 
-@pytest.mark.parametrize(
-    ("name", "norm"), [case for case in EACH if ROWS[case.values[0]].restarts and case.values[1] == "linf"]
-)
+@pytest.mark.parametrize(("name", "norm"), RESTARTS)
 def test_more_restarts_are_no_weaker(name, norm):
     model, images = _model(4), _images(9, 24)
     labels = _predict(model, images)
     keys = attacks.example_keys(0, np.arange(24))
     found = []
     for restarts in (1, 3):
-        attack = _build(name, norm, epsilon=0.03 if norm == "linf" else 0.12, restarts=restarts)
+        attack = _build(name, norm, epsilon=0.03, restarts=restarts)
         result = attack(model, keys, images, labels)
         found.append(np.where(result.success, result.distance, np.inf))
     if ROWS[name].kind == "bounded":

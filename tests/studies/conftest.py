@@ -10,6 +10,14 @@ import pytest
 
 from robust_vit import classifier, studies
 
+# Studies whose programs take longest to compile: `-m slow` runs what holds of every study for them.
+LONGEST = {"auto_attack", "certificate", "patch_attack", "physical_attack", "spatial_attack"}
+
+
+def each_study() -> list:
+    """The parameters of a test of every study."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in LONGEST else ()) for name in sorted(studies.STUDIES)]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
-from conftest import make_subject
+from conftest import each_study, make_subject
 
 from robust_vit import errors, files, plots, studies
 
@@ -43,12 +44,16 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def findings():
+    """What a study found on two models, run when it is first asked for."""
     subjects = {"first": make_subject(seed=0, name="first"), "second": make_subject(seed=1, noise=2.0, name="second")}
     subjects = studies.introduce(subjects)
-    return {
-        name: {run: studies.build(name, **SETTINGS[name]).run(subject) for run, subject in subjects.items()}
-        for name in SETTINGS
-    }
+
+    @functools.cache
+    def find(name):
+        study = studies.build(name, **SETTINGS[name])
+        return {run: study.run(subject) for run, subject in subjects.items()}
+
+    return find
 
 
 def test_the_table_is_the_registry():
@@ -68,10 +73,10 @@ def test_what_every_study_says_of_itself(name):
     assert again == study
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", each_study())
 def test_records_are_of_equal_length_and_summaries_survive_json(name, findings):
     study = studies.build(name, **SETTINGS[name])
-    for finding in findings[name].values():
+    for finding in findings(name).values():
         lengths = {len(v) for k, v in finding.records.items() if not k.startswith("exhibit/")}
         assert len(lengths) == 1
         assert {"row", "label"} <= finding.records.keys()
@@ -82,16 +87,16 @@ def test_records_are_of_equal_length_and_summaries_survive_json(name, findings):
         assert study.summarise(dict(finding.records)) == finding.summary
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", each_study())
 def test_figures_tables_and_comparisons_from_what_was_read_back(name, findings, tmp_path):
     study = studies.build(name, **SETTINGS[name])
     read = {}
-    for run, finding in findings[name].items():
+    for run, finding in findings(name).items():
         files.write_npz(tmp_path / f"{run}.npz", finding.records)
         files.write_json(tmp_path / f"{run}.json", finding.summary)
         records, summary = files.read_npz(tmp_path / f"{run}.npz"), files.read_json(tmp_path / f"{run}.json")
         read[run] = studies.Finding(finding.settings, records, summary)
-    figures, again = study.figures(read), study.figures(findings[name])
+    figures, again = study.figures(read), study.figures(findings(name))
     assert figures
     for key, figure in figures.items():
         assert plots.render(figure, "svg") == plots.render(again[key], "svg")
@@ -130,7 +135,7 @@ def test_a_chunk_is_a_pure_function(name):
 
 def test_runs_on_other_images_are_not_compared(findings):
     study = studies.build("accuracy", **SETTINGS["accuracy"])
-    first, second = findings["accuracy"].values()
+    first, second = findings("accuracy").values()
     marked = [
         dataclasses.replace(finding, provenance={"data_fingerprint": mark})
         for finding, mark in ((first, "a"), (second, "b"))
@@ -142,7 +147,7 @@ def test_runs_on_other_images_are_not_compared(findings):
 
 def test_runs_are_paired_by_row_not_by_position(findings):
     study = studies.build("accuracy", **SETTINGS["accuracy"])
-    first, second = findings["accuracy"].values()
+    first, second = findings("accuracy").values()
     order = np.random.default_rng(0).permutation(len(second.records["row"]))[:120]
     shuffled = {k: v if k.startswith("exhibit/") else v[order] for k, v in second.records.items()}
     found = study.compare(first, dataclasses.replace(second, records=shuffled))[0]
