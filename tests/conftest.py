@@ -12,8 +12,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Files of minutes: they start first, so that no worker is left alone with one at the end.
 LONGEST = (
-    "test_sharding.py",
-    "test_processes.py",
     "test_main.py",
     "test_planning.py",
     "test_train.py",
@@ -30,6 +28,7 @@ IN_DEPTH = (
     "test_attack_detectors.py",
     "test_attack_estimation.py",
     "test_attack_expectation.py",
+    "test_attack_gradient.py",
     "test_attack_hop_skip_jump.py",
     "test_attack_hyperplanes.py",
     "test_attack_minimal.py",

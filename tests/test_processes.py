@@ -109,6 +109,7 @@ def _until_step(job: _Job, workdir: pathlib.Path, step: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/environ").exists(), reason="finds the workers by /proc")
 def test_two_processes_stopped_and_killed_end_where_one_does(tmp_path):
     config = tmp_path / "config.py"

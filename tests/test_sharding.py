@@ -23,6 +23,7 @@ def _run(*options: str) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_under_8_devices():
     _run()
 

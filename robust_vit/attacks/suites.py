@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -182,7 +181,7 @@ def auto_attack(
       attacks: other attacks by name, in their order, in place of a version's. A minimal attack succeeds within epsilon.
       exact: the published budgets to the last step, at the cost of passes that no longer change a decision.
       individual: every attack on all examples that the model gets right, so that attacks can be compared.
-      slots: examples attacked at a time, at most: the few that an attack meets share as few slots as keep all of them busy.
+      slots: examples attacked at a time, at most: where an attack meets few, they are halved as often as holds these.
       stride: steps between two looks at what is finished; None as in `robust_vit.attacks.run`.
       seed: of the draws, which depend on it and the row alone.
       directory: where finished examples are saved: a killed suite goes on from there, within an attack too. The same call
@@ -225,7 +224,7 @@ def auto_attack(
         started = time.monotonic()
         line = {"attack": name, "attempted": int(standing.sum()), "fell": 0, "executed": 0, "useful": 0}
         if standing.any():
-            size = _even(int(standing.sum()), slots, 1 if mesh is None else mesh.size)
+            size = _halved(int(standing.sum()), slots, 1 if mesh is None else mesh.size)
             found = attempt(attack, f"{column}_{name}", standing, size)
             within = found.distance <= float(radius) * (1 + _TOLERANCE)
             success[standing, column] = found.success & within
@@ -285,14 +284,16 @@ def programs(
     return found
 
 
-def _even(count: int, slots: int, devices: int) -> int:
-    """The slots of an attack on `count` examples: in as many rounds as `slots` take, none of them nearly empty.
+def _halved(count: int, slots: int, devices: int) -> int:
+    """The slots of an attack on `count` examples: `slots` halved as often as takes no more rounds; the devices divide them.
 
-    One of about sixteen sizes, so that suites on other examples meet the same compiled programs; a multiple of `devices`.
+    Halves, because there are few of them to compile, and because a batch of 13 or 14 takes as long as one of 16 (ViT on a CPU,
+    measured).
     """
-    unit = math.lcm(max(1, slots // 16), devices)
-    even = -(-count // -(-count // slots))
-    return min(slots, -(-even // unit) * unit)
+    rounds = -(-count // slots)
+    while slots % (2 * devices) == 0 and -(-count // (slots // 2)) == rounds:
+        slots //= 2
+    return slots
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,11 +79,20 @@ def test_it_is_no_weaker_than_any_member_and_the_bits_say_so(examples, whole):
 
 @pytest.mark.parametrize(
     ("count", "slots", "devices", "expected"),
-    [(19, 16, 1, 10), (128, 16, 1, 16), (3, 64, 1, 4), (3, 6, 1, 3), (65, 64, 1, 36), (5, 64, 3, 12), (1, 8, 8, 8)],
+    [
+        (19, 16, 1, 16),
+        (17, 32, 1, 32),
+        (16, 32, 1, 16),
+        (3, 64, 1, 4),
+        (3, 6, 1, 3),
+        (1, 6, 1, 3),
+        (1, 8, 1, 1),
+        (1, 64, 8, 8),
+    ],
 )
 def test_slots_follow_what_is_left(count, slots, devices, expected):
-    """No more rounds than with all slots, few of them idle, and the devices divide them."""
-    found = suites._even(count, slots, devices)
+    """No more rounds than with all slots, and the devices divide them."""
+    found = suites._halved(count, slots, devices)
     assert found == expected
     assert -(-count // found) == -(-count // slots)
 

@@ -120,7 +120,7 @@ def test_figures_tables_and_comparisons_from_what_was_read_back(name, findings, 
     json.dumps(files.jsonable(study.card(read["first"])), allow_nan=False)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", each_study())
 def test_a_chunk_is_a_pure_function(name):
     study, subject = studies.build(name, **SETTINGS[name]), make_subject()
     index = study.chunks(subject) - 1
