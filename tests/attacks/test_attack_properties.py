@@ -1,6 +1,6 @@
 """What holds for every registered attack: closed forms in the box, ball and box, identity, draws, refilling, restarts.
 
-The default run takes each attack in its first norm, and PGD's restarts; `-m slow` the others.
+The default run takes each attack in its first norm, the draws of four and the restarts of PGD; `-m slow` the others.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ CLOSED = [
     for norm in row.exact
     for goal, classes in (*(("untargeted", count) for count in row.classes), ("targeted", 2))
     if goal in row.goals
+]
+# One of each kind of state: a ball with restarts, a minimal attack, queries, a search on a grid.
+DRAWS = [
+    _case(name, norm, default=name in ("pgd", "fmn", "square", "roto_translation") and norm == row.norms[0])
+    for name, row in ROWS.items()
+    for norm in row.norms
 ]
 RESTARTS = [_case(name, row.norms[0], default=name == "pgd") for name, row in ROWS.items() if row.restarts]
 
@@ -130,7 +136,7 @@ def test_the_result_is_what_it_says(name, norm):
             assert np.asarray(result.success).mean() > 0.4
 
 
-@pytest.mark.parametrize(("name", "norm"), EACH)
+@pytest.mark.parametrize(("name", "norm"), DRAWS)
 def test_draws_and_bytes_belong_to_the_row_alone(name, norm):
     """The same bytes in any order, beside other examples, with and without refilling, at the end of a padded batch."""
     model, images = _model(2), _images(7, 7)

@@ -89,6 +89,7 @@ def test_a_block_is_its_formula(random_variables):
     np.testing.assert_allclose(features["block00/out"], x + branch, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scan_and_loop_give_the_same_numbers(random_variables):
     given = {"depth": 2, "position": "relative", "layer_scale": 0.5}
     loop = _build(**given)
@@ -117,6 +118,7 @@ def test_scan_and_loop_give_the_same_numbers(random_variables):
         jax.tree.map(close, ours, models.unstack_blocks(theirs))
 
 
+@pytest.mark.slow
 def test_scan_and_loop_draw_the_same(random_variables):
     given = {"depth": 2, "dropout": 0.2, "stochastic_depth": 0.3}
     loop, scan = _build(**given), _build(**given, scan=True)

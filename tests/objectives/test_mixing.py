@@ -75,6 +75,7 @@ def test_a_weight_of_one_is_the_identity(monkeypatch):
         assert mixed.weight == 1
 
 
+@pytest.mark.slow
 def test_the_switch_chooses_between_the_two():
     mix = jax.vmap(lambda key: mixing.mix(key, IMAGES[:, :4, :4], LABELS, mixup=1.0, cutmix=1.0, switch=0.25).weight)
     is_area = np.isclose(np.asarray(mix(KEYS)) * 16 % 1, 0, atol=1e-5)  # Mixup hits a sixteenth almost never.
@@ -116,6 +117,7 @@ def test_zero_is_off_to_the_byte():
     assert _loss()[0] == _loss(mixup=0.0, cutmix=0.0)[0] == jnp.mean(losses.cross_entropy(logits, LABELS))
 
 
+@pytest.mark.slow
 def test_replicas_and_parts_of_a_batch_have_their_own_draws():
     objective = objectives.build("supervised", _Linear(), SPEC, mixup=1.0)
     loss = jax.jit(lambda batch, key: objective(PARAMS, {}, batch, key)[0])
