@@ -10,7 +10,7 @@ import pytest
 import small_vit
 
 from robust_vit import attacks, errors
-from robust_vit.attacks import masked, patch_fool
+from robust_vit.attacks import masked, moments, patch_fool
 
 COUNT = 48
 OPTIONS = {"patch": small_vit.PATCH, "patches": 2, "layer": 1, "layers": (1,), "steps": 30}
@@ -141,6 +141,6 @@ def test_the_rate_decays_by_an_example_s_own_count():
     ones = jnp.ones_like(images)
     counts = jnp.arange(COUNT) + 1
     shares = (1 - 0.9**counts, 1 - 0.999**counts)
-    moments = [ones * share[:, None, None, None] for share in shares]
-    moves = masked.MaskedAscent._moves(attack, state.replace(count=counts), *moments)
+    held = moments.Moments(*(ones * share[:, None, None, None] for share in shares))
+    moves = masked.MaskedAscent._moves(attack, state.replace(count=counts), held)
     np.testing.assert_allclose(moves[:, 0, 0, 0], 0.1 * 0.5 ** (np.arange(COUNT) // 2), rtol=1e-4)
