@@ -78,23 +78,21 @@ def test_it_is_no_weaker_than_any_member_and_the_bits_say_so(examples, whole):
 
 
 @pytest.mark.parametrize(
-    ("count", "slots", "devices", "expected"),
+    ("count", "slots", "devices", "expected", "on_accelerator"),
     [
-        (19, 16, 1, 16),
-        (17, 32, 1, 32),
-        (16, 32, 1, 16),
-        (3, 64, 1, 4),
-        (3, 6, 1, 3),
-        (1, 6, 1, 3),
-        (1, 8, 1, 1),
-        (1, 64, 8, 8),
+        (128, 16, 1, 16, 16),
+        (25, 16, 1, 16, 16),  # 28 passes in batches of 4 would cost more than 32 in batches of 16.
+        (17, 16, 1, 4, 16),
+        (3, 64, 1, 1, 4),
+        (1, 8, 1, 1, 1),
+        (1, 64, 8, 8, 8),
     ],
 )
-def test_slots_follow_what_is_left(count, slots, devices, expected):
-    """No more rounds than with all slots, and the devices divide them."""
-    found = suites._halved(count, slots, devices)
-    assert found == expected
-    assert -(-count // found) == -(-count // slots)
+def test_slots_follow_what_is_left(monkeypatch, count, slots, devices, expected, on_accelerator):
+    """On a CPU idle slots cost time; on an accelerator rounds do. The devices divide the slots."""
+    assert suites._halved(count, slots, devices) == expected
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert suites._halved(count, slots, devices) == on_accelerator
 
 
 def test_the_same_from_a_stream_with_padding(examples, whole):
