@@ -134,6 +134,26 @@ def test_a_killed_suite_goes_on_where_it_was(examples, whole, tmp_path):
         attacks.auto_attack(_model(seed=3), examples, **options)
 
 
+def _beside_a_plane(variables, images):
+    distance = variables["scale"] * jnp.sum(images - 0.75, axis=(1, 2, 3))
+    return jnp.stack([distance, -distance], axis=-1)
+
+
+def test_a_small_ball_is_not_lost_in_the_rounding_of_pixels():
+    """Near 1 a float32 pixel is rounded by more than a hundred-thousandth of such a radius: successes at the border count."""
+    epsilon = 0.05 / 255
+    model = classifier.wrap(_beside_a_plane, {"scale": jnp.float32(100.0)})
+    images = (0.75 + 0.5 * epsilon * np.random.default_rng(4).uniform(-1, 1, size=(COUNT, *SHAPE))).astype(np.float32)
+    labels = np.array(jax.jit(lambda m, x: m(x))(model, images).argmax(axis=-1), np.int32)
+    examples = {"image": images, "label": labels}
+    attack = attacks.build("apgd_ce", epsilon=epsilon, steps=12)
+    alone = attacks.run(attack, model, examples, **OPTIONS)
+    assert alone.success.all()
+    assert (alone.distance[alone.success] > epsilon * (1 + 1e-5)).any()
+    found = attacks.auto_attack(model, examples, epsilon=epsilon, attacks={"apgd_ce": attack}, **OPTIONS)
+    np.testing.assert_array_equal(found.success[:, 0], alone.success)
+
+
 def test_affine_models_break_at_the_exact_distance():
     """The published suite: nothing below the distance in the box, everything 1 % above it."""
     model = closed_forms.model(3, SHAPE, 4)
