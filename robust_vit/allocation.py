@@ -6,15 +6,10 @@ import ctypes
 import os
 import sys
 
-# Options of glibc's mallopt(3) with the values set, and the environment variables by which a user sets them.
-_OPTIONS = {
-    "MALLOC_ARENA_MAX": (
-        -8,
-        1,
-    ),  # A thread's own arena gives memory back, and maps what is large, whatever the rest says.
-    "MALLOC_MMAP_MAX_": (-4, 0),  # Nothing is mapped for one allocation and unmapped when it is freed.
-    "MALLOC_TRIM_THRESHOLD_": (-1, -1),  # The heap never shrinks.
-}
+# Options of glibc's mallopt(3) with the values set, and the environment variables by which a user sets them: one arena for
+# all threads (their own ones give memory back whatever the rest says), nothing mapped for one allocation alone, a heap that
+# never shrinks.
+_OPTIONS = {"MALLOC_ARENA_MAX": (-8, 1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, -1)}
 
 
 def keep_freed_memory() -> bool:

@@ -108,16 +108,21 @@ def inspect(program: Program) -> Cost:
     return Cost(
         flops=max(float(analysis.get("flops", 0.0)), 0.0) * loop_factor(traced.jaxpr.jaxpr),
         argument_bytes=arguments,
-        temporary_bytes=temporary + (0 if jax.default_backend() == "cpu" else code),
+        temporary_bytes=temporary + (0 if backend() == "cpu" else code),
         output_bytes=max(output - alias, 0),
         compile_seconds=seconds,
         compiled=compiled,
     )
 
 
+def backend() -> str:
+    """What JAX's default devices are: "cpu" or "accelerator"."""
+    return "cpu" if jax.default_backend() == "cpu" else "accelerator"
+
+
 def margin() -> float:
     """The share of a device's memory that a program may take."""
-    return _MARGIN[_kind()]
+    return _MARGIN[backend()]
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -208,13 +213,9 @@ def choose_batch(build: Callable[[int], list[Program]], *, most: int, what: str)
     """
     powers = [2**exponent for exponent in range(max(most - 1, 0).bit_length() + 1)]
     work = max(inspect(program).flops for program in build(powers[0]))
-    enough = ENOUGH[_kind()]
+    enough = ENOUGH[backend()]
     useful = [number for number in powers if number // 2 * work < enough]
     return choose(reversed(useful), build, what=what)
-
-
-def _kind() -> str:
-    return "cpu" if jax.default_backend() == "cpu" else "accelerator"
 
 
 def beside(tree: PyTree, like: PyTree) -> PyTree:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
-
-import pytest
 
 from robust_vit import allocation
 
@@ -42,13 +41,14 @@ def _run(word: str) -> tuple[str, int]:
     return kept, int(pages)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an option of glibc")
 def test_a_program_finds_the_memory_of_its_last_call():
     kept, pages = _run("keep")
     plain, handed_out = _run("leave")
-    assert (kept, plain) == ("True", "False")
-    assert handed_out > 5000
-    assert pages < handed_out / 20
+    on_glibc = platform.libc_ver()[0] == "glibc"
+    assert (kept, plain) == (str(on_glibc), "False")
+    if on_glibc:
+        assert handed_out > 5000
+        assert pages < handed_out / 20
 
 
 def test_what_the_user_sets_stays(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.struct
@@ -103,10 +102,7 @@ class CarliniWagner(minimal.MinimalAttack, kw_only=True):
             optimised = optimised.replace(least=least, earlier=jnp.where(looked_at, least, state.earlier))
         following = self._next_round(optimised)
         changed = {
-            name: jax.tree.map(
-                functools.partial(skeleton.select, ends), getattr(following, name), getattr(optimised, name)
-            )
-            for name in _OF_A_ROUND
+            name: skeleton.select(ends, getattr(following, name), getattr(optimised, name)) for name in _OF_A_ROUND
         }
         moved = optimised.replace(**changed)
         return moved.replace(done=moved.done | (moved.round >= self.rounds))

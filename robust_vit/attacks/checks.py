@@ -214,8 +214,7 @@ class _Bench:
 
     def broken(self, result: skeleton.AttackResult, size: float) -> np.ndarray:
         """Which images it broke within the ball of this size, those that are misclassified as they are among them."""
-        inside = np.asarray(result.distance) <= size * self.radius * (1 + guards.SLACK) + 1e-6
-        return (np.asarray(result.success) & inside) | ~self.right
+        return (np.asarray(result.success) & norms.within(result.distance, size * self.radius)) | ~self.right
 
 
 def _white_box(radius: Any, ball: norms.Norm, steps: int) -> dict[str, skeleton.Attack]:

@@ -98,14 +98,8 @@ class EstimatedAscent(skeleton.Attack, kw_only=True):
 
         achieved = self.achieves(logits[0], state.labels)
         updated = state.moments.update(estimate)
-        return state.replace(
-            images=skeleton.select(achieved, state.images, self._move(state, updated)),
-            done=state.done | achieved,
-            success=state.success | achieved,
-            best=skeleton.select(achieved & ~state.success, state.images, state.best),
-            vanished=state.vanished + is_flat,
-            moments=updated,
-        )
+        moved = self._move(state, updated)
+        return skeleton.follow(state, moved, achieved, is_flat, stop_on_success=True, moments=updated)
 
     def _move(self, state: State, updated: moments.Moments) -> jax.Array:
         epsilon = jnp.asarray(self.epsilon, state.clean.dtype)

@@ -28,7 +28,6 @@ MOVING = 0.05  # of its whole range (Pintor et al. 2022).
 UNFINISHED = 0.1  # Share of unbroken images whose loss may still move.
 WEAKER = 0.002  # Accuracy by which a black box may beat the white boxes (AutoAttack's `check_square_sr`).
 LEFT = 0.05  # Accuracy that attacks without a bound may leave.
-SLACK = 1e-5  # Relative rounding that a distance may exceed its bound by.
 CHANCE = 0.01  # A comparison of two accuracies on the same images fires below this p-value (exact McNemar).
 
 
@@ -146,7 +145,7 @@ def inside(name: str, attack: skeleton.Attack, result: skeleton.AttackResult, ba
     found = np.asarray(result.images)
     outside = ~((found >= 0) & (found <= 1)).all(axis=(1, 2, 3))
     if not attack.minimal:
-        outside |= np.asarray(result.distance) > radius * (1 + SLACK) + 1e-6
+        outside |= ~norms.within(result.distance, radius)
     detail = f"{outside.sum()} images were returned outside the {ball.name} ball or outside [0, 1]"
     return Guard(
         f"ball/{name}",

@@ -11,9 +11,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from robust_vit import errors
+
+_RELATIVE, _ABSOLUTE = 1e-5, 1e-6  # What rounding may add to a distance: of the radius, and in pixel units.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +233,14 @@ def normalize(norm: Norm, differences: jax.Array) -> jax.Array:
     scaled = differences / jnp.where(largest > 0, largest, 1.0)
     length = _broadcast(norm.measure(scaled), scaled)
     return scaled / jnp.where(length > 0, length, 1.0)
+
+
+def within(distance: Float[np.ndarray, " ..."], radius: float | np.ndarray) -> Bool[np.ndarray, " ..."]:
+    """Whether distances that were measured on float32 images are at most the radius, rounding aside.
+
+    A pixel near 1 is rounded by up to 6e-8 whatever the radius, which is more than a hundred-thousandth of a small one.
+    """
+    return np.asarray(distance) <= radius * (1 + _RELATIVE) + _ABSOLUTE
 
 
 def find(norm: str | Norm) -> Norm:

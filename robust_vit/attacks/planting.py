@@ -160,9 +160,8 @@ def planted(
         distance = float(ball.measure(jnp.asarray(far - image))[0])
         guesses = _points(ball, places[2], image, radius, points, True)
         there = _predicted(broken, image[None])[0] == 0 and _predicted(broken, far)[0] == 1
-        inside = float(result.distance[0]) <= float(radius) * (1 + 1e-5) + 1e-6
-        found["planted"].append(bool(there) and distance <= float(radius) * (1 + 1e-5) + 1e-6)
-        found["found"].append(bool(result.success[0]) and inside)
+        found["planted"].append(bool(there and norms.within(distance, float(radius))))
+        found["found"].append(bool(result.success[0] and norms.within(result.distance[0], float(radius))))
         found["guessed"].append(bool((features.in_batches(_predicted, broken, guesses, batch=batch) == 1).any()))
         found["distance"].append(distance)
     arrays = {name: np.asarray(values) for name, values in found.items()}

@@ -112,7 +112,7 @@ def run(
       UserError: what `attacks.check_inputs` refuses, found before the first step by three forward passes of the slots, which are
         not counted; a loss that is not finite.
     """
-    stride = _stride(attack) if stride is None else stride
+    stride = _stride(attack, stride)
     if slots < 1 or stride < 1:
         raise errors.UserError(f"slots is {slots} and stride {stride}: expected whole numbers from 1.")
     store = _Store(directory, attack, model, {"slots": slots, "seed": seed, "stride": stride, "images": keep_images})
@@ -149,7 +149,7 @@ def programs(
       stride: as in `run`.
     """
     rounds = -(-examples // images.shape[0])
-    stride = _stride(attack) if stride is None else stride
+    stride = _stride(attack, stride)
     begin, state = skeleton.begin_program(attack, images)
     step = loops.plan(skeleton.advance, state, stride, attack, model, donate=True)
     times = step.times * rounds * -(-attack.evaluations // stride)
@@ -157,8 +157,8 @@ def programs(
     return [dataclasses.replace(begin, times=2 * rounds), dataclasses.replace(step, times=times), judge]
 
 
-def _stride(attack: skeleton.Attack) -> int:
-    return max(2, attack.evaluations // 100)
+def _stride(attack: skeleton.Attack, given: int | None) -> int:
+    return max(2, attack.evaluations // 100) if given is None else given
 
 
 class _Pool:
@@ -240,10 +240,7 @@ class _Pool:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _fill(state: skeleton.State, incoming: skeleton.State, fresh: jax.Array) -> skeleton.State:
-    def choose(old, new):
-        return jnp.where(fresh.reshape(fresh.shape + (1,) * (old.ndim - fresh.ndim)), new, old)
-
-    return jax.tree.map(choose, state, incoming)
+    return skeleton.select(fresh, incoming, state)
 
 
 class _Store:

@@ -16,6 +16,7 @@ from robust_vit import programs as compiled
 from robust_vit.attacks import evaluation, inputs, norms
 
 Model = evaluation.Model
+PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,9 +254,7 @@ def advance(state: State, index: jax.Array, attack: Attack, model: Model) -> Sta
     count = state.count + 1
     stepped = stepped.replace(count=count, done=stepped.done | (count >= attack.evaluations))
     moving = {
-        field.name: jax.tree.map(
-            lambda old, new: select(state.done, old, new), getattr(state, field.name), getattr(stepped, field.name)
-        )
+        field.name: select(state.done, getattr(state, field.name), getattr(stepped, field.name))
         for field in dataclasses.fields(state)
         if field.name not in FIXED
     }
@@ -302,9 +301,13 @@ def blank(keys: jax.Array, images: jax.Array, labels: jax.Array) -> dict[str, ja
     }
 
 
-def select(chosen: Bool[Array, " batch"], first: jax.Array, second: jax.Array) -> jax.Array:
-    """`first` for the examples that are chosen, `second` for the others; `[batch, ...]`."""
-    return jnp.where(chosen.reshape(chosen.shape + (1,) * (first.ndim - chosen.ndim)), first, second)
+def select(chosen: Bool[Array, " batch"], first: PyTree, second: PyTree) -> PyTree:
+    """`first` for the examples that are chosen, `second` for the others; arrays or pytrees of arrays, `[batch, ...]`."""
+
+    def one(first, second):
+        return jnp.where(chosen.reshape(chosen.shape + (1,) * (first.ndim - chosen.ndim)), first, second)
+
+    return jax.tree.map(one, first, second)
 
 
 @jax.jit

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import figure as matplotlib_figure
 
 from robust_vit import attacks, errors, programs, tables
+from robust_vit.attacks import norms
 from robust_vit.metrics import classification, statistics
 from robust_vit.studies import attack_entries, attack_figures, attack_guards, forward, study
 
@@ -184,7 +185,7 @@ class AttackCurve(study.Study):
         if shown:
             # Of the last attack; its nearest success is shown where that lies within the ball.
             result = found[0 if attack.minimal else int(np.argmin(np.abs(curve - center)))]
-            near = (np.asarray(result.distance) <= center * (1 + 1e-5) + 1e-6)[:shown]
+            near = norms.within(result.distance, center)[:shown]
             ends = np.where(near[:, None, None, None], result.images[:shown], real["image"][:shown])
             predictions = np.where(near, result.prediction[:shown], records["prediction"][:shown])
             records["exhibit/adversarial"] = ends.astype(np.float32)

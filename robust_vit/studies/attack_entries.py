@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_vit import attacks, errors, mesh, registry
+from robust_vit.attacks import norms
 
 _FIXED = ("epsilon", "norm", "threat", "goal")  # What the study chooses.
 # Names that are no acronyms, as their authors write them.
@@ -156,7 +157,7 @@ def columns(
     if minimal:
         success = success & (distance <= sizes)
     else:
-        inside = inside & (distance <= sizes * (1 + 1e-5) + 1e-6)
+        inside = inside & norms.within(distance, sizes)
     records = {"success": success | ~correct[:, None], "inside": inside}
     for field in ("distance", "loss"):
         records[field] = stacked(field).astype(np.float32)

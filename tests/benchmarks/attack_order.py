@@ -8,14 +8,14 @@ trains the ViT where the workdir has none, and prints one Markdown table. Result
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import pathlib
 
+import configurations
 import numpy as np
 
 from robust_vit import attacks, command_line, runs, settings, studies, train
 
-ROOT = pathlib.Path(__file__).parents[2]
+QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 ATTACKS = {
     "FGSM": ("fgsm", {"epsilon": 0.01}),
     "PGD-40": ("pgd", {"epsilon": 0.01, "steps": 40, "relative_step": 0.1}),
@@ -29,10 +29,8 @@ SLOTS = 8
 
 def quickstart(workdir: pathlib.Path | str) -> studies.Subject:
     """The trained ViT of configs/quickstart.py, trained here where the workdir has none."""
-    specification = importlib.util.spec_from_file_location("quickstart", ROOT / "configs" / "quickstart.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    setup = runs.prepare(settings.resolve(module.get_config(""))["vit"], pathlib.Path(workdir), "vit")
+    config = configurations.load(QUICKSTART)
+    setup = runs.prepare(settings.resolve(config)["vit"], pathlib.Path(workdir), "vit")
     train.train(setup)
     return runs.subjects(setup)[0]["vit"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from importlib import metadata
 
 import numpy as np
 import peers
@@ -113,13 +114,7 @@ class Peer:
 def _answer(request: dict, held: dict) -> dict:
     do = request.pop("do")
     if do == "version":
-        import foolbox
-
-        versions = {
-            "torch": torch.__version__,
-            "foolbox": foolbox.__version__,
-            "torchattacks": torchattacks.__version__,
-        }
+        versions = {name: metadata.version(name) for name in ("torch", "foolbox", "torchattacks")}
         return {**versions, "threads": torch.get_num_threads()}
     if do == "build":
         held["peer"] = Peer(**request)

@@ -3,7 +3,8 @@
     python tests/benchmarks/attacks.py pgd --peer_python=PYTHON          PGD-40: all steps, and leaving at the first success
     python tests/benchmarks/attacks.py decisions --peer_python=PYTHON    PGD-40 on all 1,017 images at four radii
     python tests/benchmarks/attacks.py auto_attack --peer_python=PYTHON  AutoAttack standard on the 128 images with row < 128
-    python tests/benchmarks/attacks.py step                              one PGD step against one compiled input gradient
+    python tests/benchmarks/attacks.py steps                             a step of each attack beside one compiled input gradient
+    python tests/benchmarks/attacks.py batches                           forward pass and input gradient over batch sizes
 
 Weights and images are those of the data folder (`ROBUST_VIT_DATA` or `--data`): ResNet-20 and a ViT on exact CIFAR-10. The peer's
 Python needs torch, torchattacks, foolbox and `transformers`. Results: tests/benchmarks/results/attacks.md.
@@ -18,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -37,6 +39,17 @@ SLICES = {"resnet20": (16, 128), "vit": (16, 64)}
 # The radii at which PGD-40 leaves about half of the images right.
 HALF = {"resnet20": 0.58 / 255, "vit": 0.54 / 255}
 PEERS = ("foolbox", "torchattacks")
+# The attacks whose step is timed, and their options; the tables that need no peer; the batches of one of them.
+STEPPED = {
+    "pgd": {"epsilon": 1 / 255},
+    "apgd_ce": {"epsilon": 1 / 255},
+    "apgd_t": {"epsilon": 1 / 255},
+    "fab_t": {"norm": "linf"},
+    "square": {"epsilon": 1 / 255},
+    "fmn": {"norm": "linf"},
+}
+ALONE = {"steps", "batches"}
+BATCHES = (4, 8, 13, 16, 32, 64, 128)
 
 
 def _attack(epsilon: float, *, early: bool, start: bool = True) -> attacks.Attack:
@@ -133,37 +146,65 @@ def decisions(model: str, ours: Ours, peer: torch_process.Torch) -> None:
         print(f"| {model} | {level:g}/255 | {standing.sum()} | " + " | ".join(cells) + " |", flush=True)
 
 
-def step(model: str, ours: Ours) -> None:
-    """A PGD step beside the compiled input gradient of the same batch, turn by turn."""
-    size = SLICES[model][0]
-    part = {name: array[:size] for name, array in ours.examples.items()}
-    attack = _attack(1 / 255, early=True)
-    state = skeleton.start(attack, attacks.example_keys(0, part["row"]), part["image"], part["label"])
-    advance = jax.jit(skeleton.advance)
+@jax.jit
+def _forward(network, images):
+    return network(images)
 
-    @jax.jit
-    def gradient(network, images, labels):
-        return jax.grad(lambda pixels: losses.cross_entropy(network(pixels), labels).sum())(images)
 
-    calls = {
-        "step": lambda: advance(state, 0, attack, ours.model),
-        "gradient": lambda: gradient(ours.model, state.clean, state.labels),
-    }
+@jax.jit
+def _gradient(network, images, labels):
+    return jax.grad(lambda pixels: losses.cross_entropy(network(pixels), labels).sum())(images)
+
+
+def _least(calls: Mapping[str, Callable], repeats: int) -> dict[str, float]:
+    """Least milliseconds of each call, turn by turn; the first round compiles."""
     best = {name: np.inf for name in calls}
-    for _ in range(40):
+    for number in range(repeats + 1):
         for name, call in calls.items():
             took, _ = _timed(lambda call=call: jax.block_until_ready(call()))
-            best[name] = min(best[name], took)
-    print(
-        f"| {model} | {size} | {1e3 * best['step']:.2f} | {1e3 * best['gradient']:.2f} | {best['step'] / best['gradient']:.3f} |"
-    )
+            if number:
+                best[name] = min(best[name], 1e3 * took)
+    return best
+
+
+def steps(model: str, ours: Ours) -> None:
+    """One line an attack: its step beside the forward pass and the compiled input gradient of the same batch."""
+    part = {name: array[: SLICES[model][0]] for name, array in ours.examples.items()}
+    images, labels = (jax.numpy.asarray(part[name]) for name in ("image", "label"))
+    calls = {
+        "forward pass": lambda: _forward(ours.model, images),
+        "input gradient": lambda: _gradient(ours.model, images, labels),
+    }
+    advance = jax.jit(skeleton.advance)
+    for name, options in STEPPED.items():
+        attack = attacks.build(name, **options)
+        state = skeleton.start(attack, attacks.example_keys(0, part["row"]), part["image"], part["label"])
+        state = advance(state, 0, attack, ours.model)  # Some begin with a step of another kind.
+        calls[name] = lambda attack=attack, state=state: advance(state, 1, attack, ours.model)
+    best = _least(calls, 40)
+    for name, took in best.items():
+        print(f"| {model} | {len(labels)} | {name} | {took:.2f} | {took / best['input gradient']:.3f} |", flush=True)
+
+
+def batches(model: str, ours: Ours) -> None:
+    """One line a batch size: milliseconds an image of a forward pass and of an input gradient."""
+    calls = {}
+    for size in BATCHES:
+        images, labels = (jax.numpy.asarray(ours.examples[name][:size]) for name in ("image", "label"))
+        calls["forward", size] = lambda images=images: _forward(ours.model, images)
+        calls["gradient", size] = lambda images=images, labels=labels: _gradient(ours.model, images, labels)
+    best = _least(calls, 15)
+    for size in BATCHES:
+        cells = [f"{best[name, size] / size:.2f}" for name in ("forward", "gradient")]
+        print(f"| {model} | {size} | " + " | ".join(cells) + " |", flush=True)
 
 
 COLUMNS = {
     "pgd": "model, ε, images, all steps: s (left), early exit, foolbox, torchattacks, all / best peer, early / best peer",
     "auto_attack": "model, ε, images, ours with compilation: s, torchattacks: s, ratio, left by ours, theirs, rows that differ",
     "decisions": "model, ε, ours, foolbox, torchattacks",
-    "step": "model, images, step: ms, input gradient: ms, ratio",
+    "steps": "model, images, call, ms, of an input gradient",
+    "batches": "model, images at a time, forward pass: ms an image, input gradient: ms an image",
 }
 
 
@@ -186,7 +227,7 @@ def main() -> None:
     examples = real_models.images(flags.data, rows=flags.rows or (128 if flags.table == "auto_attack" else 1017))
     peer = None
     with tempfile.TemporaryDirectory() as folder:
-        if flags.table != "step":
+        if flags.table not in ALONE:
             for name in ("image", "label"):
                 np.save(f"{folder}/{name}.npy", examples[name])
             peer = torch_process.Torch(flags.peer_python, "attack_peers.py")
@@ -207,7 +248,7 @@ def main() -> None:
             elif flags.table == "decisions":
                 decisions(model, ours, peer)
             else:
-                step(model, ours)
+                {"steps": steps, "batches": batches}[flags.table](model, ours)
     if peer is not None:
         peer.close()
 

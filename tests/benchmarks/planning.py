@@ -10,11 +10,11 @@ is its steps at the median speed of the log. Run it on an otherwise idle machine
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
 import tempfile
 import time
 
+import configurations
 import numpy as np
 
 from robust_vit import command_line, planning, progress, runs, settings, train
@@ -22,10 +22,7 @@ from robust_vit import command_line, planning, progress, runs, settings, train
 
 def _configuration(arguments: list[str]):
     path, _, argument = arguments[0].partition(":")
-    specification = importlib.util.spec_from_file_location("configuration", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    config = module.get_config(argument)
+    config = configurations.load(path, argument)
     for override in arguments[1:]:
         key, _, value = override.partition("=")
         with config.ignore_type():
