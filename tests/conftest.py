@@ -21,6 +21,7 @@ LONGEST = (
 # Files that verify one attack or study in depth: `-m slow` runs them, and so does CI. What holds of every attack and
 # study is in the default run (`test_attack_properties.py`, `test_studies_registry.py`).
 IN_DEPTH = (
+    "test_attack_adam.py",
     "test_attack_apgd.py",
     "test_attack_carlini_wagner.py",
     "test_attack_channel.py",
@@ -31,6 +32,7 @@ IN_DEPTH = (
     "test_attack_gradient.py",
     "test_attack_hop_skip_jump.py",
     "test_attack_hyperplanes.py",
+    "test_attack_jpeg.py",
     "test_attack_minimal.py",
     "test_attack_patch.py",
     "test_attack_patch_fool.py",

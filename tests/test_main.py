@@ -97,6 +97,7 @@ def test_finished_work_is_not_done_again(home, whole):
     assert _results(whole) == before
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_asks_to_be_requeued(home, whole, tmp_path):
     workdir = tmp_path / "run"
     process = _start(home, SMOKE, f"--workdir={workdir}")

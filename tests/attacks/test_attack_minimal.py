@@ -208,6 +208,20 @@ def test_one_run_of_fmn_lies_on_or_below_the_curve_of_pgd(norm, sizes):
         assert (distances <= size).mean() >= bounded.mean()
 
 
+def _far_and_near(images):
+    """Class 1 is likelier at the clean image 0, and 0.5 away along the first value; class 2 is 0.2 away along the second."""
+    first, second = images[:, 0, 0, 0], images[:, 0, 1, 0]
+    return jnp.stack([jnp.zeros_like(first), 2 * first - 1, 10 * second - 2], axis=-1)
+
+
+@pytest.mark.parametrize(("loss", "distance"), [("margin", 0.5), ("cross_entropy", 0.2)])
+def test_fmn_on_the_cross_entropy_sees_a_class_that_is_nearer_and_less_likely(loss, distance):
+    attack = attacks.build("fmn", norm="linf", loss=loss)
+    found = attack(classifier.wrap(_far_and_near), KEYS[:1], jnp.zeros((1, 1, 2, 1)), jnp.zeros(1, jnp.int32))
+    assert found.success.all()
+    np.testing.assert_allclose(found.distance, distance, rtol=0.01)
+
+
 # DeepFool and FAB.
 
 

@@ -108,6 +108,8 @@ def double():
 def test_steps_are_those_of_torchattacks(name, epsilon):
     """A run in float64 on its own, and in float32 each step of it from the same state, until an example falls.
 
+    At a checkpoint Auto-PGD may go back to its best image, and where it has converged rounding says which that is.
+
     Beyond that the original throws steps away; the DLR loss is constant where the true class is the third, so that they
     follow the sign of rounding. In float32 a long run is no comparison: signs amplify what rounds differently.
     """
@@ -130,11 +132,15 @@ def test_steps_are_those_of_torchattacks(name, epsilon):
             np.testing.assert_allclose(state.images[standing], expected[standing], rtol=0, atol=1e-7)
     assert 0.2 < standing.mean() < 0.95
     model = classifier.wrap(_ours, jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), _weights()))
-    differing, compared = 0, 0
-    for state, expected in zip(states, theirs[1:], strict=True):
+    differing, compared = np.zeros(2), np.zeros(2)
+    checkpoints = attack.course.checkpoint if name.startswith("apgd") else np.zeros(len(states), bool)
+    for index, (state, expected) in enumerate(zip(states, theirs[1:], strict=True)):
         narrow = jax.tree.map(lambda leaf: leaf.astype(_NARROW.get(leaf.dtype.name, leaf.dtype)), state)
         state = step(narrow.replace(keys=keys), 0, attack, model)
         away = np.abs(np.asarray(state.images) - expected)[~np.asarray(state.success)]
-        differing, compared = differing + (away > (1e-6 if "linf" in name else 1e-5)).sum(), compared + away.size
-    # Where Auto-PGD converges, gradients cross zero: signs of 0.6 to 1.2 in 10,000 pixels are rounding (measured).
-    assert differing <= (2e-4 if name.startswith("apgd") else 1e-5) * compared, (differing, compared)
+        at = int(checkpoints[index])
+        differing[at] += (away > (1e-6 if "linf" in name else 1e-5)).sum()
+        compared[at] += away.size
+    # Over all steps 0.6 to 1.2 in 10,000 pixels, each of them at a checkpoint (measured).
+    assert differing[0] <= 1e-5 * compared[0], (differing, compared)
+    assert differing.sum() <= 2e-4 * compared.sum(), (differing, compared)

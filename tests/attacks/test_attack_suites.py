@@ -81,18 +81,20 @@ def test_it_is_no_weaker_than_any_member_and_the_bits_say_so(examples, whole):
     ("count", "slots", "devices", "expected", "on_accelerator"),
     [
         (128, 16, 1, 16, 16),
-        (25, 16, 1, 16, 16),  # 28 passes in batches of 4 would cost more than 32 in batches of 16.
-        (17, 16, 1, 4, 16),
+        (25, 16, 1, 14, 14),
+        (17, 16, 1, 6, 10),  # Three rounds of 6 are 18 passes, two of 10 are 20.
+        (49, 16, 1, 10, 14),
         (3, 64, 1, 1, 4),
         (1, 8, 1, 1, 1),
         (1, 64, 8, 8, 8),
+        (33, 32, 8, 8, 32),
     ],
 )
 def test_slots_follow_what_is_left(monkeypatch, count, slots, devices, expected, on_accelerator):
     """On a CPU idle slots cost time; on an accelerator rounds do. The devices divide the slots."""
-    assert suites._halved(count, slots, devices) == expected
+    assert suites._shared(count, slots, devices) == expected
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert suites._halved(count, slots, devices) == on_accelerator
+    assert suites._shared(count, slots, devices) == on_accelerator
 
 
 def test_the_same_from_a_stream_with_padding(examples, whole):
