@@ -1,6 +1,7 @@
 """Curvature: second derivatives as operators on pytrees, and solvers that say how far to trust what they return.
 
-`hessian(loss, params, batch)` makes an operator and `lanczos(operator, key, rank=..., top=...)` its extreme eigenvalues.
+`hessian(loss, params, batch)` makes an operator, `lanczos(operator, key, rank=..., top=...)` its extreme eigenvalues, and
+`density(operator, key)` its spectral density.
 """
 
 from __future__ import annotations
@@ -8,18 +9,32 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.curvature import krylov, operators
+from robust_vit.curvature import densities, estimates, krylov, operators, products
 
 OPERATORS = {
-    "hessian": "robust_vit.curvature.operators:hessian",
+    "hessian": "robust_vit.curvature.products:hessian",
+    "gauss_newton": "robust_vit.curvature.products:gauss_newton",
+    "fisher": "robust_vit.curvature.products:fisher",
+    "input_hessian": "robust_vit.curvature.products:input_hessian",
 }
 
+Density = densities.Density
 Eigenvalues = krylov.Eigenvalues
+Estimate = estimates.Estimate
+Jacobian = products.Jacobian
 Operator = operators.Operator
 asymmetry = operators.asymmetry
-hessian = operators.hessian
+density = densities.density
+fisher = products.fisher
+gauss_newton = products.gauss_newton
+hessian = products.hessian
+indeterminism = operators.indeterminism
+input_hessian = products.input_hessian
+jacobian = products.jacobian
 lanczos = krylov.lanczos
+linearise = products.linearise
 programs = krylov.planned
+stream = products.stream
 
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:

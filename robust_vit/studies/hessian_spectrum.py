@@ -145,9 +145,12 @@ class HessianSpectrum(study.Study):
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
         loss, decay = self._loss(subject), self._decay(subject)
-        return curvature.hessian(
-            loss, classifier.params, batch, classifier, microbatch=self.microbatch, weight_decay=decay
-        )
+        options = {
+            "microbatch": self.microbatch,
+            "weight_decay": decay,
+            "separable": False,
+        }  # In evaluation mode it is one.
+        return curvature.hessian(loss, classifier.params, batch, classifier, **options)
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Eigenvalues, residuals and the loss of one mini-batch: one record."""
