@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.curvature import densities, estimates, krylov, operators, products
+from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, products
 
 OPERATORS = {
     "hessian": "robust_vit.curvature.products:hessian",
@@ -21,7 +21,7 @@ OPERATORS = {
 Density = densities.Density
 Eigenvalues = krylov.Eigenvalues
 Estimate = estimates.Estimate
-Jacobian = products.Jacobian
+Jacobian = jacobians.Jacobian
 Operator = operators.Operator
 asymmetry = operators.asymmetry
 density = densities.density
@@ -30,11 +30,11 @@ gauss_newton = products.gauss_newton
 hessian = products.hessian
 indeterminism = operators.indeterminism
 input_hessian = products.input_hessian
-jacobian = products.jacobian
+jacobian = jacobians.jacobian
 lanczos = krylov.lanczos
-linearise = products.linearise
+linearise = batches.linearise
 programs = krylov.planned
-stream = products.stream
+stream = batches.stream
 
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:

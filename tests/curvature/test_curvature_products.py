@@ -171,7 +171,7 @@ def test_the_context_reaches_the_loss():
         ({"subset": "v"}, "matches no parameter; paths look like w"),
         ({"subset": "("}, "no regular expression"),
         ({"mode": "forward"}, "forward over reverse"),
-        ({"params": {"w": jnp.full((4, 3), jnp.nan)}}, "not finite"),
+        ({"params": {"w": jnp.full((4, 5), jnp.nan)}}, "not finite"),
     ],
 )
 def test_mistakes_say_what_to_do(change, message):
@@ -195,8 +195,28 @@ def test_statistics_over_the_batch_are_refused_unless_they_are_meant():
     with pytest.raises(errors.UserError, match="evaluation mode.*separable=False"):
         curvature.hessian(_centred, params, batch)
     found = _matrix(curvature.hessian(_centred, params, batch, separable=False))
+    with pytest.raises(errors.UserError, match="evaluation mode"):  # Again: only what passed is not tried again.
+        curvature.hessian(_centred, params, batch)
     centred = {**batch, "x": batch["x"] - batch["x"].mean(axis=0, keepdims=True)}
     np.testing.assert_allclose(found, _matrix(curvature.hessian(_softmax, params, centred)), atol=1e-6)
+
+
+_ASKED = []
+
+
+def _counted(params, batch):
+    _ASKED.append(batch["x"].shape)
+    jax.debug.callback(lambda: _ASKED.append("run"))
+    return _softmax(params, batch)
+
+
+def test_a_loss_is_tried_once():
+    _, params, batch, _ = _closed_forms()["softmax regression"]
+    params, batch = _cast(params, np.float32), _cast(batch, np.float32)
+    for scale in (1.0, 2.0):
+        curvature.hessian(_counted, trees.scale(scale, params), batch)
+    jax.effects_barrier()
+    assert _ASKED.count("run") == 4
 
 
 def _vector_loss(params, batch):
