@@ -34,6 +34,8 @@ def _start(home: pathlib.Path, *arguments: str) -> subprocess.Popen:
         "XDG_CACHE_HOME": str(home),
         "MPLBACKEND": "agg",
         "JAX_PLATFORMS": "cpu",
+        # Most of the time is compilation. `.ci/run` runs the same command with every optimisation.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": "",
     }
     command = [sys.executable, "-m", "robust_vit.main", *arguments]

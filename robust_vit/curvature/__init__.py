@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, products
+from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, products, traces
 
 OPERATORS = {
     "hessian": "robust_vit.curvature.products:hessian",
@@ -25,7 +25,9 @@ Jacobian = jacobians.Jacobian
 Operator = operators.Operator
 asymmetry = operators.asymmetry
 density = densities.density
+diagonal = traces.diagonal
 fisher = products.fisher
+frobenius = traces.frobenius
 gauss_newton = products.gauss_newton
 hessian = products.hessian
 indeterminism = operators.indeterminism
@@ -35,6 +37,7 @@ lanczos = krylov.lanczos
 linearise = batches.linearise
 programs = krylov.planned
 stream = batches.stream
+trace = traces.trace
 
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:

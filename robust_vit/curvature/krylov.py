@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from robust_vit import errors, loops, programs, trees
-from robust_vit.curvature import operators, probes
+from robust_vit.curvature import bases, operators, probes
 
 PyTree = Any
 ORDERS = {
@@ -23,8 +23,6 @@ ORDERS = {
     "largest": lambda values: np.argsort(-values, kind="stable"),
     "smallest": lambda values: np.argsort(values, kind="stable"),
 }
-# A coupling below this many units of rounding of |A| is zero. The square root of it, a common choice, cuts true couplings.
-BREAKDOWN = 64
 
 
 class Krylov(flax.struct.PyTreeNode):
@@ -198,7 +196,7 @@ def _solve(krylov: Krylov, size: int, top: int, which: str, tolerance: float) ->
     order = ORDERS[which](ritz)[:top]
     residuals = np.abs(beta[-1] * coefficients[-1])[order]
     values = ritz[order]
-    noise = float(BREAKDOWN * jnp.finfo(krylov.alpha.dtype).eps * scale)
+    noise = float(bases.BREAKDOWN * jnp.finfo(krylov.alpha.dtype).eps * scale)
     found = Eigenvalues(
         values=values,
         residuals=residuals,
@@ -213,7 +211,7 @@ def _solve(krylov: Krylov, size: int, top: int, which: str, tolerance: float) ->
 
 def _ritz_vectors(krylov: Krylov, size: int, coefficients: np.ndarray) -> PyTree:
     padded = np.pad(coefficients, ((0, krylov.alpha.shape[0] - size), (0, 0)))
-    return _combine_many(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype))
+    return bases.combine(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype))
 
 
 def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Krylov:
@@ -227,11 +225,11 @@ def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Kry
     image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
     image = jax.tree.map(lambda w, v: w.astype(v.dtype), image, vector)
     scale = jnp.maximum(krylov.scale, trees.norm(image).astype(krylov.scale.dtype))
-    coefficients, image = _orthogonalise_twice(basis, image)
+    coefficients, image = bases.orthogonalise_twice(basis, image)
     alpha = coefficients.at[position].get(mode="fill", fill_value=0)
     beta = trees.norm(image).astype(alpha.dtype)
     # With `<=` a NaN is no breakdown, so that it is reported; the threshold is zero for the zero operator, hence the second test.
-    breaks = (beta <= BREAKDOWN * jnp.finfo(alpha.dtype).eps * scale) | (beta == 0)
+    breaks = (beta <= bases.BREAKDOWN * jnp.finfo(alpha.dtype).eps * scale) | (beta == 0)
     return krylov.replace(
         basis=basis,
         following=trees.scale(jnp.where(breaks, 0.0, 1.0 / jnp.where(breaks, 1.0, beta)), image),
@@ -247,47 +245,14 @@ def _fresh(key: jax.Array, basis: PyTree) -> PyTree:
     """A random unit vector orthogonal to the basis; zero where the basis spans everything."""
     draw = probes.draw(key, jax.tree.map(lambda rows: rows[0], basis))
     length = trees.norm(draw)
-    _, draw = _orthogonalise_twice(basis, draw)
+    _, draw = bases.orthogonalise_twice(basis, draw)
     rest = trees.norm(draw)
-    vanishes = rest <= BREAKDOWN * jnp.finfo(length.dtype).eps * length
+    vanishes = rest <= bases.BREAKDOWN * jnp.finfo(length.dtype).eps * length
     draw = trees.scale(jnp.where(vanishes, 0.0, 1.0 / jnp.where(vanishes, 1.0, rest)), draw)
     # Once more at unit length: what is left may be small beside the draw, and its rounding not orthogonal.
-    _, draw = _orthogonalise(basis, draw)
+    _, draw = bases.orthogonalise(basis, draw)
     rest = trees.norm(draw)
     return trees.scale(jnp.where(rest > 0, 1.0 / jnp.where(rest > 0, rest, 1.0), 0.0), draw)
-
-
-def _orthogonalise_twice(basis: PyTree, vector: PyTree) -> tuple[jax.Array, PyTree]:
-    """Two passes: the second takes away what rounding left in the first. A loop, because the body compiles once."""
-
-    def body(_, carry):
-        total, vector = carry
-        coefficients, vector = _orthogonalise(basis, vector)
-        return total + coefficients, vector
-
-    rows = jax.tree.leaves(basis)[0].shape[0]
-    zeros = jnp.zeros(rows, jnp.result_type(*jax.tree.leaves(vector)))
-    return jax.lax.fori_loop(0, 2, body, (zeros, vector))
-
-
-def _orthogonalise(basis: PyTree, vector: PyTree) -> tuple[jax.Array, PyTree]:
-    """Coefficients `[rank]` of the vector in the basis, and what is left of it: one pass of classical Gram-Schmidt."""
-    parts = jax.tree.map(_inner, basis, vector)
-    coefficients = sum(jax.tree.leaves(parts))
-    return coefficients, jax.tree.map(lambda rows, v: v - _combine(coefficients, rows), basis, vector)
-
-
-def _inner(rows: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.tensordot(rows, vector, axes=vector.ndim, precision="highest") if vector.ndim else rows * vector
-
-
-def _combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
-    return jnp.tensordot(coefficients.astype(rows.dtype), rows, axes=1, precision="highest")
-
-
-@jax.jit
-def _combine_many(basis: PyTree, coefficients: jax.Array) -> PyTree:
-    return jax.tree.map(lambda rows: _combine(coefficients.T, rows), basis)
 
 
 def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree, values: jax.Array) -> jax.Array:

@@ -1,0 +1,139 @@
+"""Traces, diagonals and norms against matrices that are known, and their standard errors against the spread of repeats."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_vit import curvature, errors
+from robust_vit.curvature import bases, operators, probes
+
+KEY = jax.random.key(0)
+
+
+def _matrix(size: int = 60, seed: int = 0) -> np.ndarray:
+    draws = np.random.default_rng(seed).normal(size=(size, size))
+    return (draws + draws.T) / np.sqrt(size) + np.diag(np.arange(size) / size)
+
+
+def _operator(matrix) -> operators.Symmetric:
+    return operators.Symmetric(jnp.asarray(matrix, jnp.float32))
+
+
+def test_signs_are_fair_and_their_own():
+    like = {"a": jnp.zeros((40, 50)), "b": jnp.zeros(()), "c": jnp.zeros(2000)}
+    drawn = probes.signs(KEY, like)
+    for leaf in (drawn["a"], drawn["c"]):
+        np.testing.assert_array_equal(np.unique(leaf), [-1, 1])
+        assert abs(leaf.mean()) < 0.1  # Four standard errors of 2,000 draws: 0.09.
+    assert abs(float(jnp.mean(drawn["a"].reshape(-1) * drawn["c"]))) < 0.1
+    assert drawn["b"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+def test_the_trace_and_its_error(method):
+    """Over 40 repeats the errors are spread as they say: the root mean square of error over standard error is near one."""
+    matrix = _matrix()
+    found = [curvature.trace(_operator(matrix), jax.random.key(seed), samples=48, method=method) for seed in range(40)]
+    scores = [(one.value - np.trace(matrix)) / one.standard_error for one in found]
+    assert 0.7 < np.sqrt(np.mean(np.square(scores))) < 1.4
+    assert abs(np.mean(scores)) < 0.6
+    assert {one.applications for one in found} == {48}
+
+
+def test_a_diagonal_matrix_needs_one_sample():
+    values = np.linspace(-1, 3, 30)
+    found = curvature.trace(_operator(np.diag(values)), KEY, samples=8)
+    np.testing.assert_allclose(found.value, values.sum(), rtol=1e-5)
+    assert found.standard_error < 1e-5
+
+
+def test_hutch_plus_plus_is_exact_below_a_third_of_its_samples_and_better_where_the_spectrum_falls():
+    draws = np.random.default_rng(0).normal(size=(60, 6))
+    found = curvature.trace(_operator(draws @ draws.T), KEY, samples=24, method="hutch++")
+    np.testing.assert_allclose(found.value, np.trace(draws @ draws.T), rtol=1e-5)
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(200, 200)))[0]
+    falling = (basis * 0.7 ** np.arange(200)) @ basis.T
+    plain, better = (curvature.trace(_operator(falling), KEY, samples=48, method=m) for m in ("hutchinson", "hutch++"))
+    assert better.standard_error < plain.standard_error / 20
+    assert abs(better.value - np.trace(falling)) < abs(plain.value - np.trace(falling)) / 5
+
+
+def test_it_stops_at_the_precision_that_was_asked_for():
+    """Positive definite, with a trace of 60 and an off-diagonal norm of 6: eight samples have an error of 5 %."""
+    draws = np.random.default_rng(0).normal(size=(60, 60))
+    matrix = np.eye(60) + 0.05 * (draws + draws.T)
+    loose, tight, never = (
+        curvature.trace(_operator(matrix), KEY, samples=400, tolerance=tolerance) for tolerance in (0.1, 0.01, 1e-6)
+    )
+    assert loose.samples == 16  # Looked at after two blocks.
+    assert loose.converged
+    assert 16 < tight.samples < 400
+    assert tight.standard_error <= 0.01 * tight.value
+    assert abs(tight.value - np.trace(matrix)) < 4 * tight.standard_error
+    assert never.samples == 400
+    assert not never.converged
+
+
+def test_the_frobenius_norm():
+    matrix = _matrix()
+    found = curvature.frobenius(_operator(matrix), KEY, samples=400)
+    assert abs(found.value - np.linalg.norm(matrix)) < 4 * found.standard_error
+    assert found.standard_error < 0.02 * found.value
+    assert curvature.frobenius(_operator(np.zeros((4, 4))), KEY, samples=8).value == 0.0
+
+
+def test_the_diagonal_and_its_error():
+    matrix = _matrix()
+    values, error = curvature.diagonal(_operator(matrix), KEY, samples=800)
+    expected = np.sqrt((np.square(matrix).sum(axis=1) - np.diag(matrix) ** 2) / 800)
+    np.testing.assert_allclose(error, expected, rtol=0.2)
+    scores = (np.asarray(values) - np.diag(matrix)) / np.asarray(error)
+    assert 0.7 < np.sqrt(np.mean(scores**2)) < 1.4
+
+
+def _quartic(params, batch):
+    return jnp.mean(batch["x"]) * (params["a"] ** 3 + jnp.sum(params["b"] ** 2) * params["a"])
+
+
+def test_of_a_hessian_on_a_pytree_of_a_batch_and_of_a_stream():
+    """At a = 1, b = (1, 2): the diagonal is (6, 2, 2) times the mean of x."""
+    params = {"a": jnp.float32(1.0), "b": jnp.array([1.0, 2.0])}
+    parts = [{"x": jnp.ones(4)}, {"x": jnp.full(2, 4.0)}]
+    whole = curvature.hessian(_quartic, params, {"x": jnp.concatenate([part["x"] for part in parts])})
+    streamed = curvature.stream(functools.partial(curvature.hessian, _quartic, params), parts)
+    for operator in (whole, streamed):
+        found = curvature.trace(operator, KEY, samples=64)
+        assert abs(found.value - 20.0) < 4 * found.standard_error
+        values, error = curvature.diagonal(operator, KEY, samples=64)
+        assert jax.tree.structure(values) == jax.tree.structure(params)
+        assert (np.abs(values["b"] - 4.0) < 4 * error["b"]).all()
+
+
+def test_an_orthonormal_basis_leaves_out_what_is_spanned():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(3, 7)).astype(np.float32)
+    rows = np.stack([rows[0], 2 * rows[0], rows[1], rows[0] - 3 * rows[1], rows[2]])
+    basis = bases.orthonormal({"a": jnp.asarray(rows[:, :4]), "b": jnp.asarray(rows[:, 4:])})
+    flat = np.concatenate([basis["a"], basis["b"]], axis=1)
+    np.testing.assert_allclose(flat @ flat.T, np.diag([1.0, 0, 1, 0, 1]), atol=1e-6)
+
+
+def _not_finite(params, batch):
+    return jnp.mean(batch["x"]) * jnp.sum(jnp.abs(params["w"]) ** 1.5)  # Its second derivative at zero is infinite.
+
+
+@pytest.mark.parametrize("solve", [curvature.trace, curvature.frobenius, curvature.diagonal])
+def test_mistakes_say_what_to_do(solve):
+    operator = curvature.hessian(_not_finite, {"w": jnp.zeros(3)}, {"x": jnp.ones(2)})
+    with pytest.raises(errors.UserError, match="not finite"):
+        solve(operator, KEY, samples=8)
+    for options in ({"samples": 0}, {"block": 0}):
+        with pytest.raises(errors.UserError, match=f"{next(iter(options))} is 0"):
+            solve(_operator(np.eye(3)), KEY, **options)
+    with pytest.raises(errors.UserError, match=r"hutch\+\+"):
+        curvature.trace(_operator(np.eye(3)), KEY, method="xtrace")
