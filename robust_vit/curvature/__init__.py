@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, products, traces
+from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, power, products, traces
 
 OPERATORS = {
     "hessian": "robust_vit.curvature.products:hessian",
@@ -35,6 +35,7 @@ input_hessian = products.input_hessian
 jacobian = jacobians.jacobian
 lanczos = krylov.lanczos
 linearise = batches.linearise
+power_iteration = power.power_iteration
 programs = krylov.planned
 stream = batches.stream
 trace = traces.trace
