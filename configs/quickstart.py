@@ -4,7 +4,7 @@ Paper:     Dosovitskiy et al. 2021 (arXiv 2010.11929); He et al. 2016 (arXiv 151
 Expected:  see "Quickstart" in the README.
 Hardware:  2 CPU cores, under 4 minutes in all.
 Command:   python -m robust_vit.main --config=configs/quickstart.py --workdir=runs/quickstart
-           configs/quickstart.py:smoke runs the same way in well under a minute.
+           configs/quickstart.py:smoke runs the same way in less than a minute.
 """
 
 from robust_vit import presets, settings

@@ -56,6 +56,17 @@ IN_DEPTH = (
 )
 
 
+# Rooms whose default tests ask what is computed, not to which byte: compiled without most of XLA's optimisations, which is a
+# third of their time. `-m slow` and `-m parity` compile all as users do.
+PLAIN = ("corruptions", "data", "metrics", "models", "objectives", "report", "studies", "training")
+
+
+def pytest_runtest_setup(item):
+    """Sets how the test and its fixtures are compiled."""
+    in_depth = item.get_closest_marker("slow") or item.get_closest_marker("parity")
+    jax.config.update("jax_disable_most_optimizations", item.path.parent.name in PLAIN and not in_depth)
+
+
 def pytest_itemcollected(item):
     """Marks what is left to `-m slow`."""
     if item.path.name in IN_DEPTH:

@@ -1,6 +1,7 @@
 """What holds for every registered attack: closed forms in the box, ball and box, identity, draws, refilling, restarts.
 
-The default run takes each attack in its first norm, the draws of four and the restarts of PGD; `-m slow` the others.
+The default run takes each attack in its first norm, the closed forms and draws of four and the restarts of PGD; `-m slow` the
+others.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ def _case(*values, default: bool):
     return pytest.param(*values, id="-".join(map(str, values)), marks=() if default else pytest.mark.slow)
 
 
+# One of each kind of state: a ball with restarts, a minimal attack, queries, a search on a grid.
+KINDS = ("pgd", "fmn", "square", "roto_translation")
 EACH = [_case(name, norm, default=norm == row.norms[0]) for name, row in ROWS.items() for norm in row.norms]
 CLOSED = [
-    _case(name, norm, goal, classes, default=norm == row.exact[0] and goal == "untargeted")
+    _case(name, norm, goal, classes, default=name in KINDS and norm == row.exact[0] and goal == "untargeted")
     for name, row in ROWS.items()
     for norm in row.exact
     for goal, classes in (*(("untargeted", count) for count in row.classes), ("targeted", 2))
     if goal in row.goals
 ]
-# One of each kind of state: a ball with restarts, a minimal attack, queries, a search on a grid.
 DRAWS = [
-    _case(name, norm, default=name in ("pgd", "fmn", "square", "roto_translation") and norm == row.norms[0])
+    _case(name, norm, default=name in KINDS and norm == row.norms[0])
     for name, row in ROWS.items()
     for norm in row.norms
 ]
