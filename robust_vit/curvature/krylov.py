@@ -188,10 +188,7 @@ def _solve(krylov: Krylov, size: int, top: int, which: str, tolerance: float) ->
     scale = float(krylov.scale)
     if not (np.isfinite(alpha).all() and np.isfinite(beta).all() and np.isfinite(scale)):
         step = int(np.argmin(np.isfinite(alpha) & np.isfinite(beta)))
-        raise errors.UserError(
-            f"the operator returned a value that is not finite at application {step + 1}: check that the loss and its second "
-            "derivative are finite at these parameters and this batch."
-        )
+        raise operators.not_finite(step + 1)
     ritz, coefficients = scipy.linalg.eigh_tridiagonal(alpha, beta[:-1])
     order = ORDERS[which](ritz)[:top]
     residuals = np.abs(beta[-1] * coefficients[-1])[order]

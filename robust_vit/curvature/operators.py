@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from robust_vit import trees
+from robust_vit import errors, trees
 from robust_vit.curvature import probes
 
 PyTree = Any
@@ -71,6 +71,15 @@ def indeterminism(operator: Operator, key: jax.Array) -> jax.Array:
     vector = _draw(key, operator.like)
     first, second = operator(vector), operator(vector)
     return _share(trees.norm(trees.add(first, second, -1.0)), trees.norm(first))
+
+
+def not_finite(application: int | None = None) -> errors.UserError:
+    """The error of a solver whose operator returned a NaN or an infinity, at this application, where that is known."""
+    at = "" if application is None else f" at application {application}"
+    return errors.UserError(
+        f"the operator returned a value that is not finite{at}: check that the loss and its second derivative are finite at "
+        "these parameters and this batch."
+    )
 
 
 _draw = jax.jit(probes.draw)

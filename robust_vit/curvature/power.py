@@ -65,10 +65,7 @@ def power_iteration(
             quotient, residual, length = (float(number) for number in _measures(vector, image))
             applications += 1
             if not np.isfinite([quotient, residual]).all():
-                raise errors.UserError(
-                    f"the operator returned a value that is not finite at application {applications}: check that the loss and "
-                    "its second derivative are finite at these parameters and this batch."
-                )
+                raise operators.not_finite(applications)
             scale = max(scale, length)
             if rule == "residual":
                 value = quotient

@@ -126,10 +126,7 @@ def _apply_block(operator, vectors: PyTree) -> PyTree:
 def _finite(values) -> list[float]:
     values = [float(value) for value in np.asarray(values, np.float64)]
     if not np.isfinite(values).all():
-        raise errors.UserError(
-            "the operator returned a value that is not finite: check that the loss and its second derivative are finite at "
-            "these parameters and this batch."
-        )
+        raise operators.not_finite()
     return values
 
 
