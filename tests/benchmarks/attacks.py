@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("table", choices=COLUMNS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--rows", type=int, help="images with a smaller row")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first images: a long table in parts")
     parser.add_argument(
         "--levels", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="radii of AutoAttack in 255ths"
     )
@@ -225,6 +226,7 @@ def main() -> None:
     flags = parser.parse_args()
     command_line.configure_jax()
     examples = real_models.images(flags.data, rows=flags.rows or (128 if flags.table == "auto_attack" else 1017))
+    examples = {name: array[flags.skip :] for name, array in examples.items()}
     peer = None
     with tempfile.TemporaryDirectory() as folder:
         if flags.table not in ALONE:
