@@ -9,7 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, power, products, traces
+from robust_vit.curvature import (
+    batches,
+    densities,
+    eigenvalues,
+    estimates,
+    jacobians,
+    krylov,
+    operators,
+    power,
+    products,
+    traces,
+)
 
 OPERATORS = {
     "hessian": "robust_vit.curvature.products:hessian",
@@ -19,7 +30,7 @@ OPERATORS = {
 }
 
 Density = densities.Density
-Eigenvalues = krylov.Eigenvalues
+Eigenvalues = eigenvalues.Eigenvalues
 Estimate = estimates.Estimate
 Jacobian = jacobians.Jacobian
 Operator = operators.Operator
@@ -33,7 +44,7 @@ hessian = products.hessian
 indeterminism = operators.indeterminism
 input_hessian = products.input_hessian
 jacobian = jacobians.jacobian
-lanczos = krylov.lanczos
+lanczos = eigenvalues.lanczos
 linearise = batches.linearise
 power_iteration = power.power_iteration
 programs = krylov.planned

@@ -39,6 +39,38 @@ def inner(basis: PyTree, vector: PyTree) -> jax.Array:
     return sum(jax.tree.leaves(jax.tree.map(_inner, basis, vector)))
 
 
+def orthonormalise(basis: PyTree, vectors: PyTree, size: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
+    """A block of vectors `[block, ...]` as a combination of the basis and of an orthonormal block outside of it.
+
+    Block Gram-Schmidt in two rounds (a loop, because it compiles once): the second takes away what rounding left in the first,
+    and what dividing by a small rest has made of that. A vector of which nothing is left becomes zero.
+
+    Args:
+      basis: `[rank, ...]`, orthonormal rows and zeros.
+      vectors: `[block, ...]`.
+      size: of what the vectors came from: what is below its rounding is nothing.
+
+    Returns:
+      Coefficients `[block, rank]` in the basis, coefficients `[block, block]` in the new block, lower triangular, and the new
+      block: `vectors = first @ basis + second @ block`.
+    """
+    leaves = jax.tree.leaves(vectors)
+    block, rank = leaves[0].shape[0], jax.tree.leaves(basis)[0].shape[0]
+    dtype = jnp.result_type(*leaves)
+    floor = BREAKDOWN * jnp.finfo(dtype).eps
+
+    def body(index, carry):
+        inside, outside, vectors = carry
+        found = jax.vmap(inner, in_axes=(None, 0))(basis, vectors).astype(dtype)
+        vectors = jax.tree.map(lambda rows, v: v - _combine(found, rows), basis, vectors)
+        lower, vectors = _triangular(vectors, floor * jnp.where(index == 0, size.astype(dtype), 1.0))
+        inside = inside + jnp.matmul(outside, found, precision="highest")
+        return inside, jnp.matmul(outside, lower, precision="highest"), vectors
+
+    start = jnp.zeros((block, rank), dtype), jnp.eye(block, dtype=dtype), vectors
+    return jax.lax.fori_loop(0, 2, body, start)
+
+
 @jax.jit
 def combine(basis: PyTree, coefficients: jax.Array) -> PyTree:
     """Vectors `[columns, ...]` of the coefficients `[rank, columns]` in the basis."""
@@ -59,6 +91,23 @@ def orthonormal(vectors: PyTree) -> PyTree:
         return jax.tree.map(lambda rows, v: rows.at[index].set(v), basis, vector)
 
     return jax.lax.fori_loop(0, jax.tree.leaves(vectors)[0].shape[0], body, trees.zeros_like(vectors))
+
+
+def _triangular(vectors: PyTree, floor: jax.Array) -> tuple[jax.Array, PyTree]:
+    """`[block, block]`, lower triangular, times orthonormal rows: the vectors. A row with no rest above the floor is zero."""
+    block = jax.tree.leaves(vectors)[0].shape[0]
+    rows = [jax.tree.map(lambda leaf, i=i: leaf[i], vectors) for i in range(block)]
+    lower = [[jnp.zeros_like(floor)] * block for _ in range(block)]
+    for i in range(block):
+        for j in range(i):
+            lower[i][j] = trees.dot(rows[i], rows[j]).astype(floor.dtype)
+            rows[i] = trees.add(rows[i], rows[j], -lower[i][j])
+        rest = trees.norm(rows[i]).astype(floor.dtype)
+        # With `<=` a NaN is no breakdown, so that it is reported; the floor is zero for the zero operator, hence the second test.
+        vanishes = (rest <= floor) | (rest == 0)
+        lower[i][i] = jnp.where(vanishes, 0.0, rest)
+        rows[i] = trees.scale(jnp.where(vanishes, 0.0, 1.0 / jnp.where(vanishes, 1.0, rest)), rows[i])
+    return jnp.stack([jnp.stack(row) for row in lower]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 def _inner(rows: jax.Array, vector: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import scipy.stats
 from jaxtyping import Array, Float, Key
 
 from robust_vit import errors, trees
-from robust_vit.curvature import estimates, krylov, operators
+from robust_vit.curvature import eigenvalues, estimates, operators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def density(operator: operators.Operator, key: Key[Array, ""], *, rank: int = 10
     nodes, weights = np.full((probes, rank), np.nan), np.zeros((probes, rank))
     noise, applications = 0.0, 0
     for probe in range(probes):
-        found = krylov.lanczos(operator, jax.random.fold_in(key, probe), rank=rank, top=1)
+        found = eigenvalues.lanczos(operator, jax.random.fold_in(key, probe), rank=rank, top=1)
         nodes[probe, : len(found.ritz)], weights[probe, : len(found.ritz)] = found.ritz, found.weights
         noise, applications = max(noise, found.noise), applications + found.applications
     return Density(nodes, weights, dimension, noise, applications)

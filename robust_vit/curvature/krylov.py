@@ -1,284 +1,285 @@
-"""Lanczos with full, two-pass reorthogonalisation on pytrees: eigenvalues with residuals, and no ghosts."""
+"""Block Lanczos decompositions on pytrees, with full reorthogonalisation: started, extended, revived, saved and gone on with."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from robust_vit import errors, loops, programs, trees
+from robust_vit import checkpoints, errors, files, loops, processes, programs, trees
 from robust_vit.curvature import bases, operators, probes
 
 PyTree = Any
-ORDERS = {
-    "magnitude": lambda values: np.argsort(-np.abs(values), kind="stable"),
-    "largest": lambda values: np.argsort(-values, kind="stable"),
-    "smallest": lambda values: np.argsort(values, kind="stable"),
-}
+_IDENTITY = "identity.json"
 
 
 class Krylov(flax.struct.PyTreeNode):
-    """A Lanczos decomposition `A Q = Q T + beta[-1] q e'`, as far as it has come.
+    """A Lanczos decomposition `A Q = Q T + (the following block) beta[-1]'`, as far as it has come. `block` is one or more.
 
     Attributes:
-      basis: like the vectors with a leading axis `[rank]`; rows from `size` on are zero.
-      following: the unit vector that the next step starts from.
-      alpha: diagonal of T, `[rank]`.
-      beta: couplings, `[rank]`: `beta[j]` between vectors j and j+1; zero where an invariant subspace was complete.
+      basis: like the vectors with a leading axis `[steps * block]`; orthonormal rows, or zeros: rows to come, and the rest of
+        a block where the dimension is used up.
+      following: the orthonormal block `[block, ...]` that the next step starts from.
+      alpha: diagonal blocks of T, `[steps, block, block]`.
+      beta: couplings, `[steps, block, block]`: `beta[j, a, b]` between vector a of block j and vector b of block j+1; zero where
+        an invariant subspace was complete.
+      kept: `[steps * block]`: which rows of the basis are vectors.
       scale: the largest `|A q|` met: a lower bound of |A|.
       size: steps done.
-      broken: the basis spans an invariant subspace, so that no next vector follows from it: further steps do nothing until
-        `revive` gives a fresh direction.
+      broken: the basis holds an invariant subspace, so that no next vector follows from a vector of it: further steps do nothing
+        until `revive` gives a fresh direction.
       key: of the fresh directions.
     """
 
     basis: PyTree
     following: PyTree
-    alpha: Float[Array, " rank"]
-    beta: Float[Array, " rank"]
+    alpha: Float[Array, "steps block block"]
+    beta: Float[Array, "steps block block"]
+    kept: Bool[Array, " rows"]
     scale: Float[Array, ""]
     size: Int[Array, ""]
     broken: Bool[Array, ""]
     key: Key[Array, ""]
 
+    @property
+    def steps(self) -> int:
+        """How many steps there is room for."""
+        return self.alpha.shape[0]
 
-@dataclasses.dataclass(frozen=True)
-class Eigenvalues:
-    """Eigenvalues of an operator, with what is needed to trust them. Plain NumPy in float64.
+    @property
+    def block(self) -> int:
+        """Vectors a step."""
+        return self.alpha.shape[1]
 
-    Attributes:
-      values: `[top]`, in the order asked for.
-      residuals: `[top]`: `|A y - value y|` of each unit Ritz vector, so an eigenvalue of A is no farther away than this; the
-        Lanczos estimate `|beta s|`, or computed outright where `verify` was set.
-      converged: `[top]`: the residual is within `tolerance * |value|`, or within the rounding of the arithmetic.
-      noise: `64 eps |A|`: an eigenvalue nearer to zero than this has no sign.
-      applications: of the operator.
-      ritz: `[steps]`, every Ritz value, ascending.
-      weights: `[steps]`: the squared share of the starting vector in each; they sum to one and `sum(weights * ritz)` is the
-        quadratic form of the starting vector (the nodes and weights of stochastic Lanczos quadrature).
-      vectors: like the operator's vectors with a leading axis `[top]`, or None.
+
+def start(operator: operators.Operator, key: Key[Array, ""], *, rank: int, block: int = 1) -> Krylov:
+    """An empty decomposition with room for `rank` vectors (rounded up to whole blocks), the first of them drawn from the key."""
+    return _start(operator.like, key, rank, block, _placement(operator.like))
+
+
+def extend(operator: operators.Operator, krylov: Krylov, *, steps: int, donate: bool = False) -> Krylov:
+    """The decomposition after `steps` more steps: one application to a block each. Pure: jits and vmaps.
+
+    Steps beyond the room that there is, or after an invariant subspace is complete, leave it as it is.
+
+    Args:
+      operator: the map. One over a data set (`curvature.stream`) is applied by the host, one pass over the data a step.
+      krylov: the decomposition.
+      steps: how many.
+      donate: give up the memory of `krylov`, which may not be used again.
     """
-
-    values: Float[np.ndarray, " top"]
-    residuals: Float[np.ndarray, " top"]
-    converged: np.ndarray
-    noise: float
-    applications: int
-    ritz: Float[np.ndarray, " steps"]
-    weights: Float[np.ndarray, " steps"]
-    vectors: PyTree | None = None
-
-
-def start(operator: operators.Operator, key: Key[Array, ""], *, rank: int) -> Krylov:
-    """An empty decomposition with room for `rank` vectors, whose first is drawn from the key."""
-    return _start(operator.like, key, rank, _placement(operator.like))
-
-
-def extend(operator: operators.Operator, krylov: Krylov, *, steps: int) -> Krylov:
-    """The decomposition after `steps` more steps: one application each. Pure: jits and vmaps.
-
-    Steps beyond the rank, or after an invariant subspace is complete, leave it as it is.
-    """
-    return loops.repeat(_step, krylov, steps, operator)
+    if operators.by_host(operator):
+        for _ in range(steps):
+            krylov = _absorb_in_place(krylov, operator.block(_narrow(krylov.following, operator.like)))
+        return krylov
+    return loops.repeat(_step, krylov, steps, operator, donate=donate)
 
 
 @jax.jit
 def revive(krylov: Krylov) -> Krylov:
-    """The decomposition with a random direction to go on from, orthogonal to all so far; unchanged unless it is broken."""
-    following = _fresh(jax.random.fold_in(krylov.key, krylov.size), krylov.basis)
-    following = jax.tree.map(lambda new, old: jnp.where(krylov.broken, new, old), following, krylov.following)
+    """The decomposition with random directions, orthogonal to all, for those that are missing; unchanged unless it is broken.
+
+    It stays broken where the basis spans everything.
+    """
+    key = jax.random.fold_in(krylov.key, krylov.size)
+    fresh = _draw(key, jax.tree.map(lambda rows: rows[0], krylov.basis), krylov.block)
+    missing = jax.vmap(trees.norm)(krylov.following) == 0
+    filled = jax.vmap(_choose, in_axes=(0, 0, 0))(missing, fresh, krylov.following)
+    # Those that are there already come first, so that they stay as they are.
+    order = jnp.argsort(missing, stable=True)
+    filled = jax.tree.map(lambda rows: rows[order], filled)
+    _, _, filled = bases.orthonormalise(krylov.basis, filled, jnp.ones_like(krylov.scale))
+    filled = jax.tree.map(lambda rows: rows[jnp.argsort(order)], filled)
+    following = _choose(krylov.broken, filled, krylov.following)
     return krylov.replace(following=following, broken=krylov.broken & (trees.norm(following) == 0))
 
 
-def lanczos(
-    operator: operators.Operator,
-    key: Key[Array, ""],
-    *,
-    rank: int = 100,
-    top: int = 5,
-    which: str = "magnitude",
-    tolerance: float = 1e-3,
-    check_every: int | None = None,
-    verify: bool = False,
-    vectors: bool = False,
-) -> Eigenvalues:
-    """The extreme eigenvalues of a symmetric operator (Lanczos 1950), with residuals.
+def projected(krylov: Krylov) -> tuple[Float[np.ndarray, "rows rows"], Float[np.ndarray, "rows block"], np.ndarray]:
+    """The operator in the basis, on the host in float64.
 
-    Full reorthogonalisation in two passes, so a value appears as often as the operator has it and never as a ghost; a
-    complete invariant subspace is followed by a fresh direction, so neither rank deficiency nor multiplicity makes a NaN. The
-    small tridiagonal problem is solved in float64 on the host.
-
-    Cost: up to `rank` applications (rounded up to a multiple of `check_every`; after a breakdown, which a real network does
-    not see, the rest of the steps until the next look idle), plus `top` with `verify`; memory of `rank + 3` vectors. One
-    compilation for each operator structure and rank, none for new batches, parameters or keys.
-
-    Args:
-      operator: the map.
-      key: draws the starting vector.
-      rank: steps at most; no more than the dimension is ever taken.
-      top: how many eigenvalues to return; no more than the dimension.
-      which: `magnitude`, `largest` or `smallest`.
-      tolerance: relative residual at which a value counts as converged.
-      check_every: look every so many steps whether all `top` values have converged, and stop; None takes all steps.
-      verify: compute the residuals outright from the Ritz vectors rather than by the Lanczos estimate.
-      vectors: return the Ritz vectors too.
+    Returns:
+      T, symmetric, over the rows that are vectors; each row's coupling with the block to come; and the numbers of these rows.
 
     Raises:
       UserError: the operator returned a NaN or an infinity.
     """
-    if which not in ORDERS:
-        raise errors.unknown("order of eigenvalues", which, ORDERS)
-    dimension = trees.count(operator.like)
-    top = min(top, dimension)
-    if top < 1 or rank < top:
-        raise errors.UserError(f"rank is {rank} for {top} eigenvalues: expected at least as many steps as eigenvalues.")
-    rank = min(rank, dimension)
-    chunk = min(check_every or rank, rank)
-    krylov = start(operator, key, rank=rank)
-    applications = size = 0
-    while size < rank:
-        krylov = loops.repeat(_step, krylov, chunk, operator, donate=True)
-        applications += chunk
-        size = int(krylov.size)
-        found, coefficients = _solve(krylov, size, top, which, tolerance)
-        if size < rank and krylov.broken:
-            # The residuals are zero here, and say nothing about the eigenvectors outside of the subspace.
-            krylov = revive(krylov)
-            if krylov.broken:
-                break
-        elif check_every and size >= top and found.converged.all():
-            break
-    if verify or vectors:
-        eigenvectors = _ritz_vectors(krylov, size, coefficients)
-        if verify:
-            residuals = np.asarray(_residuals(operator, eigenvectors, jnp.asarray(found.values)), np.float64)
-            applications += top
-            converged = residuals <= np.maximum(tolerance * np.abs(found.values), found.noise)
-            found = dataclasses.replace(found, residuals=residuals, converged=converged)
-        if vectors:
-            found = dataclasses.replace(found, vectors=eigenvectors)
-    return dataclasses.replace(found, applications=applications)
+    size, block = int(krylov.size), krylov.block
+    alpha = np.asarray(krylov.alpha, np.float64)[:size]
+    beta = np.asarray(krylov.beta, np.float64)[:size]
+    finite = np.isfinite(alpha).all(axis=(1, 2)) & np.isfinite(beta).all(axis=(1, 2))
+    if not (finite.all() and np.isfinite(float(krylov.scale))):
+        raise operators.not_finite(int(np.argmin(finite)) * block + 1)
+    matrix = np.zeros((size * block, size * block))
+    for step in range(size):
+        here = slice(step * block, (step + 1) * block)
+        # Rounding makes the block unsymmetric.
+        matrix[here, here] = (alpha[step] + alpha[step].T) / 2
+        if step + 1 < size:
+            after = slice((step + 1) * block, (step + 2) * block)
+            matrix[here, after], matrix[after, here] = beta[step], beta[step].T
+    outward = np.zeros((size * block, block))
+    outward[(size - 1) * block :] = beta[-1]
+    rows = np.flatnonzero(np.asarray(krylov.kept)[: size * block])
+    return matrix[np.ix_(rows, rows)], outward[rows], rows
 
 
-def planned(operator: operators.Operator, *, rank: int, check_every: int | None = None) -> list[programs.Program]:
+def combine(krylov: Krylov, rows: np.ndarray, coefficients: Float[np.ndarray, "rows count"]) -> PyTree:
+    """Vectors `[count, ...]` of the coefficients in these rows of the basis."""
+    padded = np.zeros((krylov.kept.shape[0], coefficients.shape[1]))
+    padded[rows] = coefficients
+    return bases.combine(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype))
+
+
+def planned(
+    operator: operators.Operator, *, rank: int, block: int = 1, check_every: int | None = None
+) -> list[programs.Program]:
     """The compiled programs of `lanczos` with how often each runs at most, for planning; the operator's arrays may be shapes."""
-    rank = min(rank, trees.count(operator.like))
-    chunk = min(check_every or rank, rank)
+    steps, chunk = counts(operator, rank, block, check_every)
     key = jax.eval_shape(lambda: jax.random.key(0))
     placement = _placement(operator.like)
-    krylov = _start.eval_shape(operator.like, key, rank, placement)
+    krylov = _start.eval_shape(operator.like, key, steps * block, block, placement)
     if placement is not None:
         placed = _shardings(krylov, placement)
         krylov = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), krylov, placed)
     step = loops.plan(_step, krylov, chunk, operator, donate=True)
-    return [dataclasses.replace(step, times=step.times * -(-rank // chunk))]
+    return [dataclasses.replace(step, times=step.times * -(-steps // chunk))]
 
 
-def _solve(krylov: Krylov, size: int, top: int, which: str, tolerance: float) -> tuple[Eigenvalues, np.ndarray]:
-    alpha = np.asarray(krylov.alpha, np.float64)[:size]
-    beta = np.asarray(krylov.beta, np.float64)[:size]
-    scale = float(krylov.scale)
-    if not (np.isfinite(alpha).all() and np.isfinite(beta).all() and np.isfinite(scale)):
-        step = int(np.argmin(np.isfinite(alpha) & np.isfinite(beta)))
-        raise operators.not_finite(step + 1)
-    ritz, coefficients = scipy.linalg.eigh_tridiagonal(alpha, beta[:-1])
-    order = ORDERS[which](ritz)[:top]
-    residuals = np.abs(beta[-1] * coefficients[-1])[order]
-    values = ritz[order]
-    noise = float(bases.BREAKDOWN * jnp.finfo(krylov.alpha.dtype).eps * scale)
-    found = Eigenvalues(
-        values=values,
-        residuals=residuals,
-        converged=residuals <= np.maximum(tolerance * np.abs(values), noise),
-        noise=noise,
-        applications=size,
-        ritz=ritz,
-        weights=coefficients[0] ** 2,
-    )
-    return found, coefficients[:, order]
+def counts(operator: operators.Operator, rank: int, block: int, check_every: int | None) -> tuple[int, int]:
+    """Steps for `rank` vectors, no more than the dimension has, and the steps between two looks."""
+    steps = -(-min(rank, trees.count(operator.like)) // block)
+    return steps, max(1, min(steps, (check_every or steps * block) // block))
 
 
-def _ritz_vectors(krylov: Krylov, size: int, coefficients: np.ndarray) -> PyTree:
-    padded = np.pad(coefficients, ((0, krylov.alpha.shape[0] - size), (0, 0)))
-    return bases.combine(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype))
+class Saved:
+    """A folder in which a decomposition is kept, so that it can be gone on with after a kill, to the same bytes.
+
+    Args:
+      folder: of one decomposition.
+      operator: whose; it is told apart from others by a checksum of its arrays.
+      krylov: empty, with the shapes and the sharding of what is saved.
+
+    Raises:
+      UserError: the folder is that of another decomposition.
+    """
+
+    def __init__(self, folder: pathlib.Path | str, operator: operators.Operator, krylov: Krylov):
+        folder = pathlib.Path(folder)
+        identity = {"checksum": _checksum(operator, krylov), "steps": krylov.steps, "block": krylov.block}
+        self._store = checkpoints.Checkpoints(folder, keep=1)
+        path = folder / _IDENTITY
+        if processes.is_first() and not path.exists():
+            files.write_json(path, identity)
+        processes.barrier("decomposition")
+        if files.read_json(path) != identity:
+            self._store.close()
+            raise errors.UserError(
+                f"{folder} holds the decomposition of another operator, key, rank or block: give another folder, or remove it."
+            )
+
+    def restore(self, krylov: Krylov) -> tuple[Krylov, int] | None:
+        """The decomposition that was saved last and how many applications it took, or None."""
+        found = self._store.restore(_plain(krylov))
+        return None if found is None else (_typed(found.state), int(found.metrics["applications"]))
+
+    def save(self, krylov: Krylov, applications: int) -> None:
+        """Saves; returns when the arrays have been copied."""
+        self._store.save(int(krylov.size), _plain(krylov), metrics={"applications": applications})
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._store.close()
 
 
 def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Krylov:
     """One step. The vector goes in by its number in the decomposition, so that the run may be cut anywhere."""
     del index
-    position = krylov.size
-    active = (position < krylov.alpha.shape[0]) & ~krylov.broken
-    vector = krylov.following
-    # At `position == rank` the writes below fall outside and are dropped; a broken decomposition writes zeros.
-    basis = jax.tree.map(lambda rows, v: rows.at[position].set(v, mode="drop"), krylov.basis, vector)
-    image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
-    image = jax.tree.map(lambda w, v: w.astype(v.dtype), image, vector)
-    scale = jnp.maximum(krylov.scale, trees.norm(image).astype(krylov.scale.dtype))
-    coefficients, image = bases.orthogonalise_twice(basis, image)
-    alpha = coefficients.at[position].get(mode="fill", fill_value=0)
-    beta = trees.norm(image).astype(alpha.dtype)
-    # With `<=` a NaN is no breakdown, so that it is reported; the threshold is zero for the zero operator, hence the second test.
-    breaks = (beta <= bases.BREAKDOWN * jnp.finfo(alpha.dtype).eps * scale) | (beta == 0)
+    block = _narrow(krylov.following, operator.like)
+    if krylov.block == 1:
+        images = jax.tree.map(lambda leaf: leaf[None], operator(jax.tree.map(lambda leaf: leaf[0], block)))
+    else:
+        images = jax.vmap(operator)(block)
+    return _absorb(krylov, images)
+
+
+def _absorb(krylov: Krylov, images: PyTree) -> Krylov:
+    """The decomposition with the images of its following block."""
+    block = krylov.block
+    active = (krylov.size < krylov.steps) & ~krylov.broken
+    # Where nothing is to be done the writes fall outside and are dropped.
+    position = jnp.where(active, krylov.size, krylov.steps)
+    rows = position * block + jnp.arange(block)
+    following = krylov.following
+    basis = jax.tree.map(lambda all_rows, v: all_rows.at[rows].set(v, mode="drop"), krylov.basis, following)
+    images = jax.tree.map(lambda w, v: w.astype(v.dtype), images, following)
+    dtype = krylov.alpha.dtype
+    scale = jnp.maximum(krylov.scale, jnp.max(jax.vmap(trees.norm)(images)).astype(dtype))
+    inside, beta, images = bases.orthonormalise(basis, images, scale)
+    alpha = inside.at[:, rows].get(mode="fill", fill_value=0)
     return krylov.replace(
         basis=basis,
-        following=trees.scale(jnp.where(breaks, 0.0, 1.0 / jnp.where(breaks, 1.0, beta)), image),
-        alpha=krylov.alpha.at[position].set(alpha, mode="drop"),
-        beta=krylov.beta.at[position].set(jnp.where(breaks, 0.0, beta), mode="drop"),
+        following=_choose(active, images, following),
+        alpha=krylov.alpha.at[position].set(alpha.astype(dtype), mode="drop"),
+        beta=krylov.beta.at[position].set(beta.astype(dtype), mode="drop"),
+        # A NaN is no zero, so that it is reported.
+        kept=krylov.kept.at[rows].set(jax.vmap(trees.norm)(following) != 0, mode="drop"),
         scale=jnp.where(active, scale, krylov.scale),
-        size=position + active,
-        broken=jnp.where(active, breaks, krylov.broken),
+        size=krylov.size + active,
+        broken=jnp.where(active, jnp.any(jax.vmap(trees.norm)(images) == 0), krylov.broken),
     )
 
 
-def _fresh(key: jax.Array, basis: PyTree) -> PyTree:
-    """A random unit vector orthogonal to the basis; zero where the basis spans everything."""
-    draw = probes.draw(key, jax.tree.map(lambda rows: rows[0], basis))
-    length = trees.norm(draw)
-    _, draw = bases.orthogonalise_twice(basis, draw)
-    rest = trees.norm(draw)
-    vanishes = rest <= bases.BREAKDOWN * jnp.finfo(length.dtype).eps * length
-    draw = trees.scale(jnp.where(vanishes, 0.0, 1.0 / jnp.where(vanishes, 1.0, rest)), draw)
-    # Once more at unit length: what is left may be small beside the draw, and its rounding not orthogonal.
-    _, draw = bases.orthogonalise(basis, draw)
-    rest = trees.norm(draw)
-    return trees.scale(jnp.where(rest > 0, 1.0 / jnp.where(rest > 0, rest, 1.0), 0.0), draw)
+_absorb_in_place = jax.jit(_absorb, donate_argnums=0)
 
 
-def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree, values: jax.Array) -> jax.Array:
-    vector = jax.tree.map(lambda rows: rows[index], vectors)
-    image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
-    return total.at[index].set(trees.norm(trees.add(image, vector, -values[index])).astype(total.dtype))
+def _choose(condition: jax.Array, one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
-def _residuals(operator: operators.Operator, vectors: PyTree, values: jax.Array) -> jax.Array:
-    values = values.astype(jax.tree.leaves(vectors)[0].dtype)
-    return loops.repeat(_residual_step, jnp.zeros_like(values), values.shape[0], operator, vectors, values)
+def _narrow(vectors: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda v, leaf: v.astype(leaf.dtype), vectors, like)
 
 
-def _start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
+def _draw(key: jax.Array, like: PyTree, block: int) -> PyTree:
+    """Random unit vectors `[block, ...]`; the first is the same for every size of the block."""
+    draws = [probes.draw(jax.random.fold_in(key, i) if i else key, like) for i in range(block)]
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(trees.scale(1.0 / trees.norm(each), each) for each in draws)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _start(like: PyTree, key: jax.Array, rank: int, block: int, placement: tuple[NamedSharding, ...] | None) -> Krylov:
     wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), like)
+    steps = -(-rank // block)
     draw_key, fresh_key = jax.random.split(key)
-    draw = probes.draw(draw_key, wide)
-    following = trees.scale(1.0 / trees.norm(draw), draw)
     dtype = jnp.result_type(*jax.tree.leaves(wide))
-    return Krylov(
-        basis=jax.tree.map(lambda leaf: jnp.zeros((rank, *leaf.shape), leaf.dtype), wide),
+    basis = jax.tree.map(lambda leaf: jnp.zeros((steps * block, *leaf.shape), leaf.dtype), wide)
+    following = _draw(draw_key, wide, block)
+    if block > 1:
+        _, _, following = bases.orthonormalise(basis, following, jnp.ones((), dtype))
+    krylov = Krylov(
+        basis=basis,
         following=following,
-        alpha=jnp.zeros(rank, dtype),
-        beta=jnp.zeros(rank, dtype),
+        alpha=jnp.zeros((steps, block, block), dtype),
+        beta=jnp.zeros((steps, block, block), dtype),
+        kept=jnp.zeros(steps * block, bool),
         scale=jnp.zeros((), dtype),
         size=jnp.int32(0),
         broken=jnp.bool_(False),
         key=fresh_key,
     )
+    if placement is None:
+        return krylov
+    return jax.lax.with_sharding_constraint(krylov, _shardings(krylov, placement))
 
 
 def _placement(like: PyTree) -> tuple[NamedSharding, ...] | None:
@@ -288,19 +289,38 @@ def _placement(like: PyTree) -> tuple[NamedSharding, ...] | None:
     return placed if placed and not traced and all(isinstance(one, NamedSharding) for one in placed) else None
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _start(like: PyTree, key: jax.Array, rank: int, placement: tuple[NamedSharding, ...] | None) -> Krylov:
-    krylov = _start_like(like, key, rank)
-    if placement is None:
-        return krylov
-    return jax.lax.with_sharding_constraint(krylov, _shardings(krylov, placement))
-
-
 def _shardings(krylov: Krylov, placement: tuple[NamedSharding, ...]) -> Krylov:
     """Vectors lie as the leaves of `like` do, and what is small everywhere."""
     structure = jax.tree.structure(krylov.following)
     whole = NamedSharding(placement[0].mesh, PartitionSpec())
-    rows = [NamedSharding(one.mesh, PartitionSpec(None, *one.spec)) for one in placement]
-    return jax.tree.map(lambda _: whole, krylov).replace(
-        basis=jax.tree.unflatten(structure, rows), following=jax.tree.unflatten(structure, placement)
-    )
+    rows = jax.tree.unflatten(structure, [NamedSharding(one.mesh, PartitionSpec(None, *one.spec)) for one in placement])
+    return jax.tree.map(lambda _: whole, krylov).replace(basis=rows, following=rows)
+
+
+def _plain(krylov: Krylov) -> dict[str, Any]:
+    """What is saved: typed keys as their numbers."""
+    fields = {name: getattr(krylov, name) for name in krylov.__dataclass_fields__}
+    return {**fields, "key": jax.random.key_data(krylov.key)}
+
+
+def _typed(state: dict[str, Any]) -> Krylov:
+    return Krylov(**{**state, "key": jax.random.wrap_key_data(state["key"])})
+
+
+def _checksum(operator: operators.Operator, krylov: Krylov) -> int:
+    arrays = operator.like if operators.by_host(operator) else operator
+    return int(_mixed(arrays, krylov.following, krylov.key))
+
+
+@jax.jit
+def _mixed(*trees_of_arrays: PyTree) -> jax.Array:
+    """A number of the bits of all leaves and their places: integers, so that no order of summation changes it."""
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(trees_of_arrays):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+        width = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32).reshape(-1)
+        total = total * jnp.uint32(0x9E3779B1) + jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1))
+    return total

@@ -17,7 +17,8 @@ PyTree = Any
 class Operator(Protocol):
     """A symmetric linear map. A frozen pytree, so that it goes through `jax.jit` as an argument.
 
-    `jax.vmap(operator)` is the map of a block of vectors, and computes what does not depend on the vector once.
+    `jax.vmap(operator)` is the map of a block of vectors, and computes what does not depend on the vector once. An operator that
+    the host applies (`by_host`) has a method `block` for that.
 
     Attributes:
       like: a pytree with the structure, shapes, dtypes and sharding of the vectors.
@@ -43,6 +44,11 @@ class Symmetric(flax.struct.PyTreeNode):
     def __call__(self, vector: jax.Array) -> jax.Array:
         """The matrix times the vector."""
         return jnp.matmul(self.matrix, vector, precision="highest")
+
+
+def by_host(operator: Operator) -> bool:
+    """Whether the host applies the operator, batch by batch, so that it does not go into `jax.jit`."""
+    return hasattr(operator, "block")
 
 
 def asymmetry(operator: Operator, key: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Key
 
 from robust_vit import errors, trees
-from robust_vit.curvature import bases, krylov, operators, probes
+from robust_vit.curvature import bases, eigenvalues, operators, probes
 
 PyTree = Any
 RULES = ("residual", "pyhessian")
@@ -24,7 +24,7 @@ def power_iteration(
     steps: int = 100,
     tolerance: float = 1e-3,
     rule: str = "residual",
-) -> krylov.Eigenvalues:
+) -> eigenvalues.Eigenvalues:
     """The eigenvalues of largest magnitude, one after the other, each in the complement of those before it.
 
     `rule="pyhessian"` is that of PyHessian's `eigenvalues` (Yao et al. 2020, arXiv 1912.07145; `pyhessian/hessian.py`), with
@@ -83,7 +83,7 @@ def power_iteration(
         vector = jax.tree.map(lambda rows, i=index: rows[i], found)
         residuals[index] = trees.norm(trees.add(operator(vector), vector, -values[index]))
     noise = float(bases.BREAKDOWN * jnp.finfo(jnp.result_type(*jax.tree.leaves(found))).eps * scale)
-    return krylov.Eigenvalues(
+    return eigenvalues.Eigenvalues(
         values=values,
         residuals=residuals,
         converged=residuals <= np.maximum(tolerance * np.abs(values), noise),

@@ -120,7 +120,7 @@ def _products(operator, key, samples: int, block: int) -> Iterator[tuple[PyTree,
 
 
 def _apply_block(operator, vectors: PyTree) -> PyTree:
-    return operator.block(vectors) if hasattr(operator, "block") else _vmapped(operator, vectors)
+    return operator.block(vectors) if operators.by_host(operator) else _vmapped(operator, vectors)
 
 
 def _finite(values) -> list[float]:

@@ -1,0 +1,188 @@
+"""Extreme eigenvalues by Lanczos and block Lanczos, with residuals, and no ghosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float, Key
+
+from robust_vit import errors, loops, trees
+from robust_vit.curvature import bases, krylov, operators
+
+PyTree = Any
+
+
+def _from_both_ends(values: np.ndarray) -> np.ndarray:
+    """The largest, the smallest, the second largest, and so on."""
+    ascending = np.argsort(values, kind="stable")
+    pairs = np.stack([ascending[::-1], ascending], axis=1).ravel()
+    return pairs[: len(values)]
+
+
+ORDERS = {
+    "magnitude": lambda values: np.argsort(-np.abs(values), kind="stable"),
+    "largest": lambda values: np.argsort(-values, kind="stable"),
+    "smallest": lambda values: np.argsort(values, kind="stable"),
+    "both ends": _from_both_ends,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Eigenvalues:
+    """Eigenvalues of an operator, with what is needed to trust them. Plain NumPy in float64.
+
+    Attributes:
+      values: `[top]`, in the order asked for.
+      residuals: `[top]`: `|A y - value y|` of each unit Ritz vector, so an eigenvalue of A is no farther away than this; the
+        Lanczos estimate `|beta s|`, or computed outright where `verify` was set.
+      converged: `[top]`: the residual is within `tolerance * |value|`, or within the rounding of the arithmetic.
+      noise: `64 eps |A|`: an eigenvalue nearer to zero than this has no sign.
+      applications: of the operator.
+      ritz: `[steps]`, every Ritz value, ascending.
+      weights: `[steps]`: the squared share of the starting vector in each (of a block, the mean over its vectors); they sum to
+        one and `sum(weights * ritz)` is the quadratic form of the starting vector (the nodes and weights of stochastic Lanczos
+        quadrature).
+      vectors: like the operator's vectors with a leading axis `[top]`, or None.
+    """
+
+    values: Float[np.ndarray, " top"]
+    residuals: Float[np.ndarray, " top"]
+    converged: np.ndarray
+    noise: float
+    applications: int
+    ritz: Float[np.ndarray, " steps"]
+    weights: Float[np.ndarray, " steps"]
+    vectors: PyTree | None = None
+
+
+def lanczos(
+    operator: operators.Operator,
+    key: Key[Array, ""],
+    *,
+    rank: int = 100,
+    top: int = 5,
+    which: str = "magnitude",
+    tolerance: float = 1e-3,
+    check_every: int | None = None,
+    block: int = 1,
+    verify: bool = False,
+    vectors: bool = False,
+    folder: pathlib.Path | str | None = None,
+) -> Eigenvalues:
+    """The extreme eigenvalues of a symmetric operator (Lanczos 1950; in blocks, Golub & Underwood 1977), with residuals.
+
+    Full reorthogonalisation in two rounds, so a value appears as often as the operator has it and never as a ghost; a
+    complete invariant subspace is followed by a fresh direction, so neither rank deficiency nor multiplicity makes a NaN. The
+    small projected problem is solved in float64 on the host.
+
+    Cost: up to `rank` applications (rounded up to whole looks and blocks; after a breakdown, which a real network does
+    not see, the rest of the steps until the next look idle), plus `top` with `verify`; memory of `rank + 3 block` vectors. One
+    compilation for each operator structure and rank, none for new batches, parameters or keys.
+
+    A block costs fewer gradients a vector (`curvature.hessian`), and over a data set one pass of the data for all its vectors; in
+    return the Krylov space is of a lower degree, so that more vectors are needed. It pays for data sets, and for clusters.
+
+    Args:
+      operator: the map; also one over a data set (`curvature.stream`).
+      key: draws the starting vectors.
+      rank: vectors at most; no more than the dimension is ever taken.
+      top: how many eigenvalues to return; no more than the dimension.
+      which: `magnitude`, `largest`, `smallest`, or `both ends`: the largest, the smallest, the second largest, and so on.
+      tolerance: relative residual at which a value counts as converged.
+      check_every: look every so many applications whether all `top` values have converged, and stop; None takes all.
+      block: vectors a step.
+      verify: compute the residuals outright from the Ritz vectors rather than by the Lanczos estimate.
+      vectors: return the Ritz vectors too.
+      folder: where the decomposition is saved at each look. The same call goes on from what is there, to the same bytes.
+
+    Raises:
+      UserError: the operator returned a NaN or an infinity; the folder is that of another operator, key, rank or block.
+    """
+    if which not in ORDERS:
+        raise errors.unknown("order of eigenvalues", which, ORDERS)
+    top = min(top, trees.count(operator.like))
+    if top < 1 or rank < top:
+        raise errors.UserError(f"rank is {rank} for {top} eigenvalues: expected at least as many steps as eigenvalues.")
+    if block < 1:
+        raise errors.UserError(f"block is {block}: expected a whole number of vectors from 1.")
+    steps, chunk = krylov.counts(operator, rank, block, check_every)
+    state = krylov.start(operator, key, rank=steps * block, block=block)
+    saved = None if folder is None else krylov.Saved(folder, operator, state)
+    try:
+        resumed = None if saved is None else saved.restore(state)
+        state, applications = (state, 0) if resumed is None else resumed
+        while True:
+            if resumed is None:
+                state = krylov.extend(operator, state, steps=chunk, donate=True)
+                applications += chunk * block
+                if saved is not None:
+                    saved.save(state, applications)
+            resumed = None
+            found, coefficients, rows = _solve(state, top, which, tolerance)
+            if int(state.size) == steps:
+                break
+            if state.broken:
+                # The residuals are zero here, and say nothing about the eigenvectors outside of the subspace.
+                state = krylov.revive(state)
+                if state.broken:
+                    break
+            elif check_every and len(found.values) == top and found.converged.all():
+                break
+    finally:
+        if saved is not None:
+            saved.close()
+    if verify or vectors:
+        eigenvectors = krylov.combine(state, rows, coefficients)
+        if verify:
+            residuals = np.asarray(_residuals(operator, eigenvectors, jnp.asarray(found.values)), np.float64)
+            applications += top
+            converged = residuals <= np.maximum(tolerance * np.abs(found.values), found.noise)
+            found = dataclasses.replace(found, residuals=residuals, converged=converged)
+        if vectors:
+            found = dataclasses.replace(found, vectors=eigenvectors)
+    return dataclasses.replace(found, applications=applications)
+
+
+def _solve(
+    state: krylov.Krylov, top: int, which: str, tolerance: float
+) -> tuple[Eigenvalues, Float[np.ndarray, "rows top"], np.ndarray]:
+    """The Ritz values asked for, their vectors' coefficients in rows of the basis, and the numbers of these rows."""
+    matrix, outward, rows = krylov.projected(state)
+    ritz, coefficients = scipy.linalg.eigh(matrix)
+    order = ORDERS[which](ritz)[:top]
+    residuals = np.linalg.norm(outward.T @ coefficients, axis=0)[order]
+    values = ritz[order]
+    noise = float(bases.BREAKDOWN * jnp.finfo(state.alpha.dtype).eps * float(state.scale))
+    found = Eigenvalues(
+        values=values,
+        residuals=residuals,
+        converged=residuals <= np.maximum(tolerance * np.abs(values), noise),
+        noise=noise,
+        applications=len(rows),
+        ritz=ritz,
+        weights=(coefficients[: state.block] ** 2).mean(axis=0),
+    )
+    return found, coefficients[:, order], rows
+
+
+def _residuals(operator: operators.Operator, vectors: PyTree, values: jax.Array) -> jax.Array:
+    values = values.astype(jax.tree.leaves(vectors)[0].dtype)
+    if operators.by_host(operator):
+        return jax.vmap(_distance)(operator.block(vectors), vectors, values)
+    return loops.repeat(_residual_step, jnp.zeros_like(values), values.shape[0], operator, vectors, values)
+
+
+def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree, values: jax.Array) -> jax.Array:
+    vector = jax.tree.map(lambda rows: rows[index], vectors)
+    image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
+    return total.at[index].set(_distance(image, vector, values[index]).astype(total.dtype))
+
+
+def _distance(image: PyTree, vector: PyTree, value: jax.Array) -> jax.Array:
+    return trees.norm(trees.add(image, vector, -value))
