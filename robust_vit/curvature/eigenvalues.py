@@ -73,6 +73,7 @@ def lanczos(
     block: int = 1,
     verify: bool = False,
     vectors: bool = False,
+    first: PyTree | None = None,
     folder: pathlib.Path | str | None = None,
 ) -> Eigenvalues:
     """The extreme eigenvalues of a symmetric operator (Lanczos 1950; in blocks, Golub & Underwood 1977), with residuals.
@@ -99,10 +100,12 @@ def lanczos(
       block: vectors a step.
       verify: compute the residuals outright from the Ritz vectors rather than by the Lanczos estimate.
       vectors: return the Ritz vectors too.
+      first: like the operator's vectors with a leading axis `[block]`: what to start from, in place of a draw.
       folder: where the decomposition is saved at each look. The same call goes on from what is there, to the same bytes.
 
     Raises:
-      UserError: the operator returned a NaN or an infinity; the folder is that of another operator, key, rank or block.
+      UserError: the operator returned a NaN or an infinity; the first vectors are zero or dependent; the folder is that of
+        another operator, key, rank or block.
     """
     if which not in ORDERS:
         raise errors.unknown("order of eigenvalues", which, ORDERS)
@@ -112,7 +115,7 @@ def lanczos(
     if block < 1:
         raise errors.UserError(f"block is {block}: expected a whole number of vectors from 1.")
     steps, chunk = krylov.counts(operator, rank, block, check_every)
-    state = krylov.start(operator, key, rank=steps * block, block=block)
+    state = krylov.start(operator, key, rank=steps * block, block=block, first=first)
     saved = None if folder is None else krylov.Saved(folder, operator, state)
     try:
         resumed = None if saved is None else saved.restore(state)

@@ -60,9 +60,27 @@ class Krylov(flax.struct.PyTreeNode):
         return self.alpha.shape[1]
 
 
-def start(operator: operators.Operator, key: Key[Array, ""], *, rank: int, block: int = 1) -> Krylov:
-    """An empty decomposition with room for `rank` vectors (rounded up to whole blocks), the first of them drawn from the key."""
-    return _start(operator.like, key, rank, block, _placement(operator.like))
+def start(
+    operator: operators.Operator, key: Key[Array, ""], *, rank: int, block: int = 1, first: PyTree | None = None
+) -> Krylov:
+    """An empty decomposition with room for `rank` vectors (rounded up to whole blocks), the first of them drawn from the key.
+
+    Args:
+      operator: the map.
+      key: draws the first block, and fresh directions later.
+      rank: vectors.
+      block: vectors a step.
+      first: the first block `[block, ...]` in place of the draw; of any length, linearly independent.
+    """
+    krylov = _start(operator.like, key, rank, block, _placement(operator.like))
+    if first is None:
+        return krylov
+    krylov = _begin(krylov, jax.tree.map(lambda v, old: jnp.asarray(v, old.dtype), first, krylov.following))
+    if not (trees.all_finite(krylov.following) and jnp.all(jax.vmap(trees.norm)(krylov.following) > 0)):
+        raise errors.UserError(
+            "the first vectors are zero, not finite, or not linearly independent: give others, or none."
+        )
+    return krylov
 
 
 def extend(operator: operators.Operator, krylov: Krylov, *, steps: int, donate: bool = False) -> Krylov:
@@ -235,6 +253,14 @@ def _absorb(krylov: Krylov, images: PyTree) -> Krylov:
         size=krylov.size + active,
         broken=jnp.where(active, jnp.any(jax.vmap(trees.norm)(images) == 0), krylov.broken),
     )
+
+
+@jax.jit
+def _begin(krylov: Krylov, first: PyTree) -> Krylov:
+    lengths = jax.vmap(trees.norm)(first)
+    unit = jax.vmap(trees.scale)(jnp.where(lengths > 0, 1.0 / jnp.where(lengths > 0, lengths, 1.0), 0.0), first)
+    _, _, unit = bases.orthonormalise(krylov.basis, unit, jnp.ones_like(krylov.scale))
+    return krylov.replace(following=unit)
 
 
 _absorb_in_place = jax.jit(_absorb, donate_argnums=0)

@@ -24,6 +24,7 @@ def power_iteration(
     steps: int = 100,
     tolerance: float = 1e-3,
     rule: str = "residual",
+    starts: PyTree | None = None,
 ) -> eigenvalues.Eigenvalues:
     """The eigenvalues of largest magnitude, one after the other, each in the complement of those before it.
 
@@ -42,6 +43,7 @@ def power_iteration(
       steps: applications for each at most; of the rule `pyhessian` 100, with a tolerance of 1e-3, are the defaults there.
       tolerance: relative; of the residual, or of the change of the quotient.
       rule: `residual` or `pyhessian`.
+      starts: like the operator's vectors with a leading axis `[top]`: where each begins, in place of a draw.
 
     Returns:
       `converged` says whether the true residual is within the tolerance, whatever rule ended the iteration; `ritz` and `weights`
@@ -59,7 +61,11 @@ def power_iteration(
     found = jax.tree.map(lambda leaf: jnp.zeros((top, *leaf.shape), leaf.dtype), operator.like)
     values, residuals, scale, applications = np.zeros(top), np.zeros(top), 0.0, 0
     for index in range(top):
-        vector, value = _normalised(probes.draw(jax.random.fold_in(key, index), operator.like), found), None
+        if starts is None:
+            vector = probes.draw(jax.random.fold_in(key, index), operator.like)
+        else:
+            vector = jax.tree.map(lambda rows, i=index: rows[i], starts)
+        vector, value = _normalised(vector, found), None
         for _ in range(steps):
             image = operator(vector)
             quotient, residual, length = (float(number) for number in _measures(vector, image))

@@ -168,6 +168,22 @@ def test_a_block_finds_multiple_eigenvalues_at_once():
     assert (one.values > 1.9).sum() == 1
 
 
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_start_that_is_given(block):
+    """In an invariant subspace it is found complete, and gone on from; a start that is none is refused."""
+    rotation = np.linalg.eigh(_matrix(SPECTRA["spread"]))[1].T
+    first = jnp.asarray(7.0 * rotation[:block], jnp.float32)
+    operator = _operator(SPECTRA["spread"])
+    found = curvature.lanczos(operator, KEY, rank=3 * block, top=block, which="smallest", first=first)
+    assert np.isfinite(found.values).all()
+    np.testing.assert_allclose(found.ritz.min(), -1.0, atol=1e-5)
+    if block == 1:
+        np.testing.assert_allclose(krylov.start(operator, KEY, rank=2, first=first).following, rotation[:1], atol=1e-6)
+    for bad in (0.0 * first, first.at[-1].set(jnp.nan), first.at[-1].set(first[0] if block > 1 else 0.0)):
+        with pytest.raises(errors.UserError, match="first vectors are zero, not finite, or not linearly independent"):
+            curvature.lanczos(operator, KEY, rank=3 * block, top=1, first=bad)
+
+
 def test_both_ends_alternate():
     np.testing.assert_array_equal(
         eigenvalues.ORDERS["both ends"](np.array([3.0, -1.0, 7.0, 0.0, 2.0])), [2, 1, 0, 3, 4]

@@ -1,0 +1,227 @@
+"""Eigenvalues and traces beside float64 and beside PyHessian's formulas: how exact, and in what time?
+
+    python tests/benchmarks/curvature.py exact --peer_python=<a Python with torch and transformers>
+    python tests/benchmarks/curvature.py time --model=vit --images=8 --peer_python=...
+
+`exact`: the ResNet-20 of the data folder on its first exact CIFAR-10 training images. `time`: the top eigenvalues of the same
+loss by Lanczos until their residuals are within the tolerance, and by power iteration until PyHessian's rule ends it; the model
+has the same weights on both sides, which take turns. Results: tests/benchmarks/results/curvature.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import real_models
+import torch_process
+from PIL import Image
+
+from robust_vit import classifier, command_line, curvature, models, trees
+from robust_vit import data as datasets
+from robust_vit.studies import hessian_spectrum
+
+LOSS = hessian_spectrum.MeanLoss()
+TOP, STEPS, TOLERANCE = 5, 100, 1e-3
+KEY = jax.random.key(0)
+
+
+def _training_images(folder: pathlib.Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    source = datasets.open_source("cifar10_exact", split="train", data_dir=folder / "tfds")
+    examples = [source[index] for index in range(count)]
+    images = np.stack([example["image"] for example in examples]).astype(np.float32) / 255
+    return images, np.asarray([example["label"] for example in examples], np.int32)
+
+
+def _large_images(folder: pathlib.Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    paths = sorted((folder / "imagenet_samples" / "images").glob("*.jpg"))[:count]
+    images = [np.asarray(Image.open(path).convert("RGB").resize((224, 224)), np.float32) / 255 for path in paths]
+    return np.stack(images), np.arange(count, dtype=np.int32)
+
+
+class Case:
+    """A model with a batch on both sides, with the same weights."""
+
+    def __init__(
+        self, flags: argparse.Namespace, torch: torch_process.Torch, work: pathlib.Path, *, double: bool = False
+    ):
+        self.torch, self.work = torch, work
+        given: dict = {}
+        if flags.model == "resnet":
+            images, labels = _training_images(flags.data, flags.images)
+            model = real_models.resnet20(flags.data)
+            spec, module, weights = model.spec, model.module, flags.data / "weights" / "resnet20-12fca82f.npz"
+        else:
+            images, labels = _large_images(flags.data, flags.images)
+            spec = classifier.ImageSpec(size=(224, 224))
+            module, weights = models.build("vit", num_classes=1000, size="Ti"), work / "vit.npz"
+            given = {key: getattr(module, key) for key in ("width", "depth", "heads", "mlp_width", "patch")}
+            given |= {"size": 224, "classes": 1000}
+        # Both sides see normalised images: what is timed is the network.
+        images = np.asarray(spec.normalize(jnp.asarray(images)))
+        spec = classifier.ImageSpec(size=spec.size, mean=(0.0,) * 3, std=(1.0,) * 3)
+        files = {"images": work / "images.npy", "labels": work / "labels.npy"}
+        np.save(files["images"], images)
+        np.save(files["labels"], labels)
+        files = {name: str(path) for name, path in files.items()}
+        found = torch.ask(do="build", model=flags.model, given=given, weights=str(weights), double=double, **files)
+        shapes = jax.eval_shape(lambda key: models.init(module, spec, key), KEY)
+        self.empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        self.weights = weights
+        self.model = classifier.Classifier(models.load_weights(weights, self.empty), module, spec)
+        self.batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+        self.loss = LOSS(self.model.params, self.batch, self.model)
+        print(f"<!-- loss: {float(self.loss):.6f}, torch's {found['loss']:.6f} -->", flush=True)
+
+    def operator(self) -> curvature.Operator:
+        """The Hessian of the mean cross-entropy of the batch."""
+        return curvature.hessian(LOSS, self.model.params, self.batch, self.model)
+
+    def vectors(self, count: int, *, signs: bool) -> tuple[list[str], list]:
+        """Random vectors under torch's names in files, and the same as this library's pytrees."""
+        arrays, draw = np.load(self.weights), np.random.default_rng(1)
+        paths, found = [], []
+        for index in range(count):
+            path = self.work / f"{'signs' if signs else 'normal'}{index}.npz"
+            make = (lambda shape: draw.choice([-1.0, 1.0], shape)) if signs else draw.standard_normal
+            named = {name: make(arrays[name].shape).astype(np.float32) for name in arrays.files}
+            np.savez(path, **named)
+            paths.append(str(path))
+            found.append(models.load_weights(path, self.empty)["params"])
+        return paths, found
+
+
+def _in_float64(case: Case, vectors: list):
+    wide = jax.tree.map(
+        lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf, jax.device_get(vectors)
+    )
+    return jax.tree.map(jnp.asarray, wide)
+
+
+def exact(case: Case, probes: int, rank: int) -> None:
+    """The table of agreement."""
+    paths, starts = case.vectors(TOP, signs=False)
+    sign_paths, signs = case.vectors(probes, signs=True)
+    operator = case.operator()
+    found = curvature.lanczos(operator, KEY, rank=rank, top=TOP, tolerance=1e-6, check_every=10)
+    power = curvature.power_iteration(
+        operator, KEY, top=TOP, steps=STEPS, tolerance=TOLERANCE, rule="pyhessian", starts=_stacked(starts)
+    )
+    forms = [float(trees.dot(vector, operator(vector))) for vector in signs]
+    theirs = case.torch.ask(do="eigenvalues", starts=paths, steps=STEPS, tolerance=TOLERANCE)
+    their_forms = case.torch.ask(do="quadratic_forms", vectors=sign_paths)["values"]
+    with jax.enable_x64(True):
+        # Float64 all through: weights, images and the operator; a long Lanczos run with true residuals.
+        model, batch = (_in_float64(case, tree) for tree in (case.model.variables, case.batch))
+        wide = curvature.hessian(LOSS, model["params"], batch, case.model.replace(variables=model))
+        reference = curvature.lanczos(wide, KEY, rank=rank, top=TOP, tolerance=1e-9, check_every=20, verify=True)
+        wide_forms = [float(trees.dot(vector, wide(vector))) for vector in _in_float64(case, signs)]
+    print("| λ | float64, long Lanczos | its residual | Lanczos, float32 | relative difference |", end="")
+    print(" PyHessian's rule, ours | torch's | relative difference | residual of that rule, of λ |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for index in range(TOP):
+        value, ours = reference.values[index], found.values[index]
+        ruled, torch = power.values[index], theirs["values"][index]
+        cells = (
+            f"{value:.6f}",
+            f"{reference.residuals[index]:.1e}",
+            f"{ours:.6f}",
+            f"{abs(ours / value - 1):.1e}",
+            f"{ruled:.5f}",
+            f"{torch:.5f}",
+            f"{abs(ruled / torch - 1):.1e}",
+            f"{power.residuals[index] / abs(ruled):.1e}",
+        )
+        print(f"| {index + 1} | " + " | ".join(cells) + " |")
+    trace, other, wide_trace = (float(np.mean(values)) for values in (forms, their_forms, wide_forms))
+    error = np.std(wide_forms, ddof=1) / np.sqrt(probes)
+    print(
+        f"\nTrace over the same {probes} vectors of signs: float64 {wide_trace:.6f} (standard error {error:.3g}), float32 ",
+        end="",
+    )
+    print(f"{trace:.6f} ({abs(trace / wide_trace - 1):.1e}), torch's {other:.6f} ({abs(trace / other - 1):.1e}).")
+    count = next(n for n in range(2, probes + 1) if n == probes or _stops(their_forms[:n]))
+    stopped = float(np.mean(their_forms[:count]))
+    print(f"PyHessian's trace stops after {count} vectors, at {stopped:.4f}: {abs(stopped / wide_trace - 1):.1%} away.")
+    print(
+        f"Products: {found.applications} by Lanczos, {power.applications} and {theirs['products']} by PyHessian's rule."
+    )
+
+
+def _stops(values: list[float]) -> bool:
+    before, now = np.mean(values[:-1]), np.mean(values)
+    return abs(now - before) / (abs(before) + 1e-6) < TOLERANCE
+
+
+def _stacked(vectors: list):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
+
+
+def timed(case: Case, rounds: int, rank: int) -> None:
+    """The table of times: both sides in turns, the first call of ours with its compilation."""
+    paths, _ = case.vectors(TOP, signs=False)
+    print(
+        "| round | Lanczos: s | products | largest true residual, of λ | PyHessian's rule: s | products | largest, of λ | ratio |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for number in range(rounds):
+        begin = time.perf_counter()
+        options = {"rank": rank, "top": TOP, "tolerance": TOLERANCE, "check_every": 5}
+        found = curvature.lanczos(case.operator(), KEY, **options, vectors=True)
+        jax.block_until_ready(found.vectors)
+        seconds = time.perf_counter() - begin
+        checked = curvature.lanczos(case.operator(), KEY, **options, verify=True)
+        theirs = case.torch.ask(do="eigenvalues", starts=paths, steps=STEPS, tolerance=TOLERANCE)
+        ours_worst = np.max(checked.residuals / np.abs(checked.values))
+        theirs_worst = np.max(np.asarray(theirs["residuals"]) / np.abs(theirs["values"]))
+        cells = (
+            str(number + 1) + (" (with compilation)" if number == 0 else ""),
+            f"{seconds:.1f}",
+            found.applications,
+            f"{ours_worst:.1e}",
+            f"{theirs['seconds']:.1f}",
+            theirs["products"],
+            f"{theirs_worst:.1e}",
+            f"{seconds / theirs['seconds']:.2f}",
+        )
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        print(f"<!-- ours {np.round(found.values, 4)}, PyHessian's {np.round(theirs['values'], 4)} -->", flush=True)
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=("exact", "time"))
+    parser.add_argument("--model", choices=("resnet", "vit"), default="resnet")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--rank", type=int, default=100)
+    parser.add_argument("--probes", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--data", type=pathlib.Path, default=os.environ.get("ROBUST_VIT_DATA", "../shared/data"))
+    parser.add_argument("--peer_python", required=True)
+    flags = parser.parse_args()
+    flags.data = pathlib.Path(flags.data)
+    if flags.table == "exact" and flags.model != "resnet":
+        parser.error("exact is of the ResNet-20")
+    command_line.configure_jax()
+    torch = torch_process.Torch(flags.peer_python, "curvature_peer.py")
+    try:
+        print(f"<!-- JAX {jax.__version__}; {torch.ask(do='version')} -->")
+        with tempfile.TemporaryDirectory() as work:
+            case = Case(flags, torch, pathlib.Path(work))
+            if flags.table == "exact":
+                exact(case, flags.probes, flags.rank)
+            else:
+                timed(case, flags.rounds, flags.rank)
+    finally:
+        torch.close()
+
+
+if __name__ == "__main__":
+    main()

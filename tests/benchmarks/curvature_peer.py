@@ -1,0 +1,115 @@
+"""The torch side of `curvature.py`: PyHessian's formulas, in a process of its own that is idle while the other side runs.
+
+PyHessian (Yao et al. 2020, arXiv 1912.07145) differentiates a gradient whose graph is kept, once for each product. Its package is
+written for an older torch, so the formulas stand here. One JSON request a line, one JSON line for an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import numpy as np
+import peers
+import torch
+
+
+class Peer:
+    """A network's loss on one batch, with the graph of its gradient."""
+
+    def __init__(self, model: str, given: dict, images: str, labels: str, weights: str, double: bool):
+        built = peers.Peer(model, given, images, labels, weights)
+        network = built.networks["" if model == "resnet" else "eager"]
+        self.inner = network if model == "resnet" else network.network
+        self.dtype = torch.float64 if double else torch.float32
+        network = network.to(self.dtype).requires_grad_(True)
+        self.names = [name for name, _ in self.inner.named_parameters()]
+        self.leaves = [leaf for _, leaf in self.inner.named_parameters()]
+        loss = torch.nn.functional.cross_entropy(network(built.images.to(self.dtype)), built.labels)
+        self.loss = float(loss.detach())
+        self.gradient = torch.autograd.grad(loss, self.leaves, create_graph=True)
+
+    def read(self, path: str) -> list[torch.Tensor]:
+        """A vector under the names of the parameters."""
+        arrays = np.load(path)
+        names = {name.removeprefix("module."): name for name in arrays.files}
+        return [torch.from_numpy(arrays[names[name]]).to(self.dtype) for name in self.names]
+
+    def product(self, vector: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The Hessian times a vector."""
+        return torch.autograd.grad(self.gradient, self.leaves, grad_outputs=vector, retain_graph=True)
+
+    def quadratic_forms(self, vectors: list[str]) -> dict:
+        """`v'Hv` of each vector."""
+        found = []
+        for path in vectors:
+            vector = self.read(path)
+            found.append(float(_dot(vector, self.product(vector))))
+        return {"values": found, "loss": self.loss}
+
+    def eigenvalues(self, starts: list[str], steps: int, tolerance: float) -> dict:
+        """Power iteration with deflation under PyHessian's rule, from these starts; the true residuals are not timed."""
+        begin, products = time.perf_counter(), 0
+        values, vectors = [], []
+        for path in starts:
+            vector, value = _unit(self.read(path)), None
+            for _ in range(steps):
+                vector = _unit(_outside(vector, vectors))
+                image = self.product(vector)
+                products += 1
+                quotient = float(_dot(image, vector))
+                vector = _unit(image)
+                if value is not None and abs(value - quotient) / (abs(value) + 1e-6) < tolerance:
+                    break
+                value = quotient
+            values.append(value)
+            vectors.append(vector)
+        seconds = time.perf_counter() - begin
+        residuals = []
+        for value, vector in zip(values, vectors, strict=True):
+            image = self.product(vector)
+            residuals.append(float(_norm([a - value * v for a, v in zip(image, vector, strict=True)])))
+        return {"values": values, "residuals": residuals, "products": products, "seconds": seconds}
+
+
+def _dot(left, right) -> torch.Tensor:
+    return sum((a * b).sum() for a, b in zip(left, right, strict=True))
+
+
+def _norm(vector) -> torch.Tensor:
+    return _dot(vector, vector) ** 0.5
+
+
+def _unit(vector) -> list[torch.Tensor]:
+    length = _norm(vector) + 1e-6
+    return [part / length for part in vector]
+
+
+def _outside(vector, others) -> list[torch.Tensor]:
+    for other in others:
+        share = _dot(vector, other)
+        vector = [part - share * o for part, o in zip(vector, other, strict=True)]
+    return list(vector)
+
+
+def _answer(request: dict, held: dict) -> dict:
+    do = request.pop("do")
+    if do == "version":
+        return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if do == "build":
+        held["peer"] = Peer(**request)
+        return {"loss": held["peer"].loss}
+    return getattr(held["peer"], do)(**request)
+
+
+def main() -> None:
+    """Answers requests until the input ends."""
+    held: dict = {}
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        print(json.dumps(_answer(json.loads(line), held)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
