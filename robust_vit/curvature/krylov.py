@@ -75,6 +75,11 @@ def start(
     krylov = _start(operator.like, key, rank, block, _placement(operator.like))
     if first is None:
         return krylov
+    given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (first, krylov.following))
+    if given != wanted:
+        raise errors.UserError(
+            f"the first vectors are {given}: expected {wanted}, {block} like the operator's vectors."
+        )
     krylov = _begin(krylov, jax.tree.map(lambda v, old: jnp.asarray(v, old.dtype), first, krylov.following))
     if not (trees.all_finite(krylov.following) and jnp.all(jax.vmap(trees.norm)(krylov.following) > 0)):
         raise errors.UserError(

@@ -174,14 +174,16 @@ def test_a_start_that_is_given(block):
     rotation = np.linalg.eigh(_matrix(SPECTRA["spread"]))[1].T
     first = jnp.asarray(7.0 * rotation[:block], jnp.float32)
     operator = _operator(SPECTRA["spread"])
-    found = curvature.lanczos(operator, KEY, rank=3 * block, top=block, which="smallest", first=first)
+    found = curvature.lanczos(operator, KEY, rank=3 * block, top=block, which="smallest", block=block, first=first)
     assert np.isfinite(found.values).all()
     np.testing.assert_allclose(found.ritz.min(), -1.0, atol=1e-5)
     if block == 1:
         np.testing.assert_allclose(krylov.start(operator, KEY, rank=2, first=first).following, rotation[:1], atol=1e-6)
     for bad in (0.0 * first, first.at[-1].set(jnp.nan), first.at[-1].set(first[0] if block > 1 else 0.0)):
         with pytest.raises(errors.UserError, match="first vectors are zero, not finite, or not linearly independent"):
-            curvature.lanczos(operator, KEY, rank=3 * block, top=1, first=bad)
+            curvature.lanczos(operator, KEY, rank=3 * block, top=1, block=block, first=bad)
+    with pytest.raises(errors.UserError, match=f"expected .*, {block} like the operator's vectors"):
+        curvature.lanczos(operator, KEY, rank=3 * block, top=1, block=block, first=first[0])
 
 
 def test_both_ends_alternate():
