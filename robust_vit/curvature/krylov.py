@@ -22,6 +22,7 @@ ORDERS = {
     "magnitude": lambda values: np.argsort(-np.abs(values), kind="stable"),
     "largest": lambda values: np.argsort(-values, kind="stable"),
     "smallest": lambda values: np.argsort(values, kind="stable"),
+    "both ends": lambda values: _alternating(np.argsort(-values, kind="stable")),
 }
 
 
@@ -125,7 +126,7 @@ def lanczos(
       key: draws the starting vector.
       rank: steps at most; no more than the dimension is ever taken.
       top: how many eigenvalues to return; no more than the dimension.
-      which: `magnitude`, `largest` or `smallest`.
+      which: `magnitude`, `largest`, `smallest`, or `both ends`: the largest, the smallest, the second largest, and so on.
       tolerance: relative residual at which a value counts as converged.
       check_every: look every so many steps whether all `top` values have converged, and stop; None takes all steps.
       verify: compute the residuals outright from the Ritz vectors rather than by the Lanczos estimate.
@@ -148,7 +149,7 @@ def lanczos(
         krylov = loops.repeat(_step, krylov, chunk, operator, donate=True)
         applications += chunk
         size = int(krylov.size)
-        found, coefficients = _solve(krylov, size, top, which, tolerance)
+        found, coefficients = solve(krylov, size, top, which, tolerance)
         if size < rank and krylov.broken:
             # The residuals are zero here, and say nothing about the eigenvectors outside of the subspace.
             krylov = revive(krylov)
@@ -182,7 +183,12 @@ def planned(operator: operators.Operator, *, rank: int, check_every: int | None 
     return [dataclasses.replace(step, times=step.times * -(-rank // chunk))]
 
 
-def _solve(krylov: Krylov, size: int, top: int, which: str, tolerance: float) -> tuple[Eigenvalues, np.ndarray]:
+def solve(krylov: Krylov, size: int, top: int, which: str, tolerance: float) -> tuple[Eigenvalues, np.ndarray]:
+    """The eigenvalues of a decomposition of `size` steps, and the coefficients `[size, top]` of their vectors in its basis.
+
+    Raises:
+      UserError: a coefficient is not finite.
+    """
     alpha = np.asarray(krylov.alpha, np.float64)[:size]
     beta = np.asarray(krylov.beta, np.float64)[:size]
     scale = float(krylov.scale)
@@ -214,12 +220,16 @@ def _ritz_vectors(krylov: Krylov, size: int, coefficients: np.ndarray) -> PyTree
 def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Krylov:
     """One step. The vector goes in by its number in the decomposition, so that the run may be cut anywhere."""
     del index
+    return advance(krylov, operator(jax.tree.map(lambda v, like: v.astype(like.dtype), krylov.following, operator.like)))
+
+
+def advance(krylov: Krylov, image: PyTree) -> Krylov:
+    """The decomposition after a step, given what the operator makes of the vector that follows."""
     position = krylov.size
     active = (position < krylov.alpha.shape[0]) & ~krylov.broken
     vector = krylov.following
     # At `position == rank` the writes below fall outside and are dropped; a broken decomposition writes zeros.
     basis = jax.tree.map(lambda rows, v: rows.at[position].set(v, mode="drop"), krylov.basis, vector)
-    image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
     image = jax.tree.map(lambda w, v: w.astype(v.dtype), image, vector)
     scale = jnp.maximum(krylov.scale, trees.norm(image).astype(krylov.scale.dtype))
     coefficients, image = bases.orthogonalise_twice(basis, image)
@@ -252,6 +262,13 @@ def _fresh(key: jax.Array, basis: PyTree) -> PyTree:
     return trees.scale(jnp.where(rest > 0, 1.0 / jnp.where(rest > 0, rest, 1.0), 0.0), draw)
 
 
+def _alternating(order: np.ndarray) -> np.ndarray:
+    """First, last, second, last but one, and so on."""
+    mixed = np.empty_like(order)
+    mixed[::2], mixed[1::2] = order[: -(-len(order) // 2)], order[::-1][: len(order) // 2]
+    return mixed
+
+
 def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree, values: jax.Array) -> jax.Array:
     vector = jax.tree.map(lambda rows: rows[index], vectors)
     image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
@@ -263,7 +280,8 @@ def _residuals(operator: operators.Operator, vectors: PyTree, values: jax.Array)
     return loops.repeat(_residual_step, jnp.zeros_like(values), values.shape[0], operator, vectors, values)
 
 
-def _start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
+def start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
+    """`start` from the shapes and dtypes of the vectors alone."""
     wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), like)
     draw_key, fresh_key = jax.random.split(key)
     draw = probes.draw(draw_key, wide)
@@ -290,7 +308,7 @@ def _placement(like: PyTree) -> tuple[NamedSharding, ...] | None:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _start(like: PyTree, key: jax.Array, rank: int, placement: tuple[NamedSharding, ...] | None) -> Krylov:
-    krylov = _start_like(like, key, rank)
+    krylov = start_like(like, key, rank)
     if placement is None:
         return krylov
     return jax.lax.with_sharding_constraint(krylov, _shardings(krylov, placement))
