@@ -80,7 +80,7 @@ class Eigenvalues:
 
 def start(operator: operators.Operator, key: Key[Array, ""], *, rank: int) -> Krylov:
     """An empty decomposition with room for `rank` vectors, whose first is drawn from the key."""
-    return _start(operator.like, key, rank, _placement(operator.like))
+    return _start(operator.like, key, rank, placement_of(operator.like))
 
 
 def extend(operator: operators.Operator, krylov: Krylov, *, steps: int) -> Krylov:
@@ -174,7 +174,7 @@ def planned(operator: operators.Operator, *, rank: int, check_every: int | None 
     rank = min(rank, trees.count(operator.like))
     chunk = min(check_every or rank, rank)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    placement = _placement(operator.like)
+    placement = placement_of(operator.like)
     krylov = _start.eval_shape(operator.like, key, rank, placement)
     if placement is not None:
         placed = _shardings(krylov, placement)
@@ -220,7 +220,9 @@ def _ritz_vectors(krylov: Krylov, size: int, coefficients: np.ndarray) -> PyTree
 def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Krylov:
     """One step. The vector goes in by its number in the decomposition, so that the run may be cut anywhere."""
     del index
-    return advance(krylov, operator(jax.tree.map(lambda v, like: v.astype(like.dtype), krylov.following, operator.like)))
+    return advance(
+        krylov, operator(jax.tree.map(lambda v, like: v.astype(like.dtype), krylov.following, operator.like))
+    )
 
 
 def advance(krylov: Krylov, image: PyTree) -> Krylov:
@@ -299,7 +301,7 @@ def start_like(like: PyTree, key: jax.Array, rank: int) -> Krylov:
     )
 
 
-def _placement(like: PyTree) -> tuple[NamedSharding, ...] | None:
+def placement_of(like: PyTree) -> tuple[NamedSharding, ...] | None:
     """Where the leaves of `like` lie, if on a mesh: a vector that started elsewhere than it ends would compile twice."""
     placed = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like))
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(like))

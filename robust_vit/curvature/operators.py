@@ -98,7 +98,7 @@ def indeterminism(operator: Operator, key: jax.Array) -> jax.Array:
 
 
 def not_finite(application: int | None = None, example: int | None = None) -> errors.UserError:
-    """The error of a solver whose operator returned a NaN or an infinity, at this application and example, where they are known."""
+    """The error of a solver whose operator returned a NaN or an infinity, at this application and example, where known."""
     at = "" if application is None else f" at application {application}"
     at += "" if example is None else f" for example {example}"
     return errors.UserError(

@@ -85,7 +85,9 @@ def lanczos(
         raise errors.unknown("order of eigenvalues", which, krylov.ORDERS)
     batch = _batch(operator.like)
     if jnp.shape(keys) != (batch,):
-        raise errors.UserError(f"keys have shape {jnp.shape(keys)} for {batch} examples: give one typed key an example.")
+        raise errors.UserError(
+            f"keys have shape {jnp.shape(keys)} for {batch} examples: give one typed key an example."
+        )
     dimension = trees.count(operator.like) // batch
     top = min(top, dimension)
     if top < 1 or rank < top:
