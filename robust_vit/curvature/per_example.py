@@ -189,9 +189,12 @@ def singular_values(
     return dataclasses.replace(found, values=values, residuals=residuals, noise=np.sqrt(found.noise), vectors=patterns)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def gradient_norms(loss: Callable, inputs: PyTree, *context: PyTree) -> Float[jax.Array, " batch"]:
     """The Euclidean norm of each example's gradient in its input, `[batch]`. One gradient; arguments as of `input_hessian`."""
-    return _gradient_norms(loss, inputs, context)
+    with jax.default_matmul_precision("highest"):
+        gradient = jax.grad(lambda inputs: loss(inputs, *context).sum())(inputs)
+    return jax.vmap(trees.norm)(gradient)
 
 
 def planned(
@@ -293,10 +296,3 @@ def _patterns(jacobian: jacobians.Jacobian, vectors: PyTree) -> PyTree:
         return trees.scale(jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0), vector)
 
     return jax.vmap(jax.vmap(normalised))(pulled)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _gradient_norms(loss: Callable, inputs: PyTree, context: tuple) -> jax.Array:
-    with jax.default_matmul_precision("highest"):
-        gradient = jax.grad(lambda inputs: loss(inputs, *context).sum())(inputs)
-    return jax.vmap(trees.norm)(gradient)

@@ -55,8 +55,8 @@ def scales(params: PyTree, kind: str | None = "elementwise", *, stabiliser: floa
       params: the parameters.
       kind: `elementwise`, the absolute value of each (Kwon et al. 2021, arXiv 2102.11600): a rescaling of a ReLU network's
         neurons or layers that leaves the function as it is changes no sharpness in these units; `tensor`, the norm of the
-        tensor, with that property for layers; `global`, the norm of all, which makes `S A S` the familiar `|w|^2 A`, for a network that any
-        common factor leaves as it is; None is one.
+        tensor, with that property for layers; `global`, the norm of all, which makes `S A S` the familiar `|w|^2 A`, for a
+        network that any common factor leaves as it is; None is one.
       stabiliser: added to each unit, the eta of Kwon et al.; above zero it ends the invariance.
 
     Raises:
