@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib import axes as matplotlib_axes
 from matplotlib import figure as matplotlib_figure
+from matplotlib import ticker
 
 from robust_vit import plots
 from robust_vit.studies import attack_figures, study
@@ -60,6 +61,7 @@ def distributions(findings: Mapping[str, study.Finding], output: str) -> matplot
             axes[1, 1].plot(top[seen], bottom[seen], **dots)
         for axis, words in ((axes[0, 0], "largest eigenvalue λ₁"), (axes[0, 1], f"σ₁ of the Jacobian of the {output}")):
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.set_xlabel(words)
             axis.set_ylabel("share of images below")
             plots.percent(axis)
@@ -70,6 +72,7 @@ def distributions(findings: Mapping[str, study.Finding], output: str) -> matplot
         axes[1, 0].set_ylabel("largest eigenvalue λ₁")
         axes[1, 0].set_title("Curvature and confidence")
         plots.confidence(axes[1, 0])
+        axes[1, 0].tick_params(axis="x", labelsize=8)
         _diagonal(axes[1, 1], any((-f.records["bottom"] > f.records["noise"]).any() for f in findings.values()))
         plots.legend(axes[0, 0], loc="upper left")
     return figure

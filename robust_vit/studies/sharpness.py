@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ _PURPOSE = 0x73686172  # "shar": keeps the draws apart from every other draw und
 _CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
 _OVER = "mini-batches"
 KINDS = {"raw": "raw", "adaptive": "adaptive"}
-MEASURES = {"worst": "worst case", "one_step": "one step", "average": "average case"}
+MEASURES = {"worst": "worst case", "one_step": "one step"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +54,25 @@ class Sharpness(study.Study):
     Protocol of Andriushchenko et al. 2023 (arXiv 2302.07011, github.com/tml-epfl/sharpness-vs-generalization): mini-batches of
     128 training images, each with a worst case of its own (m-sharpness, Foret et al. 2021, arXiv 2010.01412), 20 steps of
     Auto-PGD from the weights with a first step of twice the radius, momentum 0.75 and step sizes halved at Auto-PGD's
-    checkpoints; the average case over random perturbations; each raw (`|d| <= radius`) and adaptive (`|d / |w|| <= radius`, Kwon
-    et al. 2021, arXiv 2102.11600); evaluation mode; on request (`normalised`) with logits that are centred and divided by their
-    norm. One step is SAM's (ASAM's) own estimate. Beside them stands the largest eigenvalue of the Hessian H and of
-    `|w| H |w|`, whose half times the squared radius is the worst case near a minimum.
+    checkpoints; the average case over Gaussian perturbations of each weight; each raw (`|d| <= radius`) and adaptive
+    (`|d / |w|| <= radius`, Kwon et al. 2021, arXiv 2102.11600); evaluation mode; on request (`normalised`) with logits that are
+    centred and divided by their norm. One step is SAM's (ASAM's) own estimate. Beside them stands the largest eigenvalue of the
+    Hessian H and of `|w| H |w|`, whose half times the squared radius is the worst case near a minimum.
 
     Departures: the mini-batches are those of the augmented training stream, as in `hessian_spectrum`, with the smoothing of the
-    training objective (there: images without augmentation, no smoothing); 4 of them rather than 8; mixed labels are left out. The
-    ascent is in `d / |w|`, where the neighbourhood is a ball, rather than in d with a projection found by bisection. Of the
-    average case the Gaussian has the norm of the radius in the mean, so that both cases share an axis (there each entry has
-    the radius as its standard deviation: √parameters times as much), and draws come in pairs d and -d. Sharpness found by an
-    ascent is a lower bound.
+    training objective (there: images without augmentation, no smoothing); mixed labels are left out. The ascent is in `d / |w|`,
+    where the neighbourhood is a ball, rather than in d with a projection found by bisection. Random perturbations come in pairs
+    d and -d, so that the gradient adds no noise. Radii that suit a model differ by its kind and size (there a ResNet-18 takes raw
+    ones ten times those of a ViT); the defaults are near those of ViTs, the smaller ones. Sharpness found by an ascent is a
+    lower bound.
 
     Attributes:
       batch: images a mini-batch, the m of m-sharpness.
       mini_batches: how many; one is a chunk.
       radii: of the raw neighbourhood, ascending.
-      adaptive_radii: of the adaptive one, as many.
+      adaptive_radii: of the adaptive one.
+      spreads: of the raw average case: the standard deviation of each weight's perturbation (`linf`: half the width), ascending.
+      adaptive_spreads: of the adaptive one, as shares of each weight.
       norm: of the neighbourhood: `l2`, or `linf`, for which radii are about a hundredth of these.
       steps: of the ascent; one gradient each.
       pairs: of random perturbations; two forward passes each.
@@ -92,17 +94,19 @@ class Sharpness(study.Study):
     )
     captions: ClassVar[Mapping[str, str]] = {
         "sharpness": (
-            "Rise of the loss of a mini-batch against the radius of the neighbourhood of the weights, in absolute units and "
-            "relative to each weight: solid the worst found, dotted after SAM's one step, dashed the average over random "
-            "directions. Bands are 95 % intervals over mini-batches of the worst case"
+            "Rise of the loss of a mini-batch when the weights are moved, in absolute units and relative to each weight. Above: "
+            "at worst within a radius, solid the most that was found, dotted after SAM's one step. Below: on average over random "
+            "perturbations of every weight. Bands are 95 % intervals over mini-batches"
         ),
     }
     automatic: ClassVar[str] = "microbatch"
 
     batch: int = 128
-    mini_batches: int = 4
-    radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
-    adaptive_radii: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    mini_batches: int = 8
+    radii: tuple[float, ...] = (0.05, 0.1, 0.2)
+    adaptive_radii: tuple[float, ...] = (0.25, 0.5, 1.0)
+    spreads: tuple[float, ...] = (0.01, 0.02, 0.04)
+    adaptive_spreads: tuple[float, ...] = (0.1, 0.2, 0.4)
     norm: str = "l2"
     steps: int = 20
     pairs: int = 10
@@ -122,7 +126,7 @@ class Sharpness(study.Study):
                 raise errors.UserError(f"{name} is {value!r}: expected a whole number from 1{hint}.")
         if self.norm not in solvers.NORMS:
             raise errors.unknown("norm", self.norm, solvers.NORMS)
-        for name in ("radii", "adaptive_radii"):
+        for name in ("radii", "adaptive_radii", "spreads", "adaptive_spreads"):
             values = getattr(self, name)
             if not values or not all(0 < low < high for low, high in zip(values, (*values[1:], np.inf), strict=True)):
                 raise errors.UserError(f"{name} are {values}: expected ascending numbers above 0.")
@@ -148,11 +152,12 @@ class Sharpness(study.Study):
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """Ascents, random perturbations, and Hessian products, each of which counts as two forward and two backward passes."""
         del subject
-        points = len(self.radii) + len(self.adaptive_radii)
+        points, spreads = (sum(len(part[place]) for part in self._kinds().values()) for place in (0, 1))
         products = 2 * 2 * self.rank
         gradients = points * self.steps
         images = self.mini_batches * self.batch
-        return images * (products + gradients + points * (3 + 2 * (self.pairs + 1))), images * (products + gradients)
+        alone = 3 * points + 2 * (self.pairs + 1) * spreads
+        return images * (products + gradients + alone), images * (products + gradients)
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Ascents, random perturbations and Lanczos, raw and adaptive."""
@@ -162,7 +167,7 @@ class Sharpness(study.Study):
             "label": subject.shape((self.batch,), jnp.int32),
         }
         classifier, loss, found = classifiers.in_float32(subject.classifier), self._loss(subject), []
-        for kind, radii in self._kinds().items():
+        for kind, (radii, spreads) in self._kinds().items():
             options = {"steps": self.steps, "pairs": self.pairs, "norm": self.norm, "microbatch": self.microbatch}
             parts = solvers.planned(
                 loss,
@@ -172,13 +177,16 @@ class Sharpness(study.Study):
                 adaptive="elementwise" if kind == "adaptive" else None,
                 **options,
             )
-            found += [dataclasses.replace(part, times=len(radii) * part.times) for part in parts]
+            often = [len(spreads) if part.name == "pair" else len(radii) for part in parts]
+            found += [
+                dataclasses.replace(part, times=count * part.times) for count, part in zip(often, parts, strict=True)
+            ]
             operator = self._operator(subject, classifier, batch, kind)
             found += curvature.programs(operator, rank=self.rank, check_every=min(_CHECK_EVERY, self.rank))
         return [dataclasses.replace(part, times=self.mini_batches * part.times) for part in found]
 
-    def _kinds(self) -> dict[str, tuple[float, ...]]:
-        return {"raw": self.radii, "adaptive": self.adaptive_radii}
+    def _kinds(self) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+        return {"raw": (self.radii, self.spreads), "adaptive": (self.adaptive_radii, self.adaptive_spreads)}
 
     def _loss(self, subject: study.Subject) -> MeanLoss:
         smoothing = subject.label_smoothing if self.label_smoothing is None else self.label_smoothing
@@ -202,22 +210,26 @@ class Sharpness(study.Study):
             "parameters": np.int64(trees.count(classifier.params)),
             "parameter_norm": np.float64(mesh.fetch(trees.norm(classifier.params))),
         }
-        for kind, radii in self._kinds().items():
+        point = loss, classifier.params, batch, classifier
+        # Of a Gaussian in so many dimensions; a cube's half width is what it is.
+        factor = math.sqrt(records["parameters"]) if self.norm == "l2" else 1.0
+        for kind, (radii, spreads) in self._kinds().items():
             options = {
                 "norm": self.norm,
                 "adaptive": "elementwise" if kind == "adaptive" else None,
                 "microbatch": self.microbatch,
             }
-            worst, average = [], []
-            for place, radius in enumerate(radii):
-                point = loss, classifier.params, batch, classifier
-                worst.append(solvers.worst_case(*point, radius=radius, steps=self.steps, **options))
-                draws = jax.random.fold_in(key, place)
-                average.append(solvers.average_case(*point, key=draws, radius=radius, pairs=self.pairs, **options))
+            worst = [solvers.worst_case(*point, radius=radius, steps=self.steps, **options) for radius in radii]
+            average = [
+                solvers.average_case(
+                    *point, key=jax.random.fold_in(key, place), radius=factor * spread, pairs=self.pairs, **options
+                )
+                for place, spread in enumerate(spreads)
+            ]
             operator = self._operator(subject, classifier, batch, kind)
             found = curvature.lanczos(
                 operator,
-                jax.random.fold_in(key, len(radii)),
+                jax.random.fold_in(key, len(spreads)),
                 rank=self.rank,
                 top=1,
                 which="largest",
@@ -227,6 +239,7 @@ class Sharpness(study.Study):
             records |= {
                 "loss": np.float64(worst[0].loss),
                 f"radius/{kind}": np.asarray(radii, np.float64),
+                f"spread/{kind}": np.asarray(spreads, np.float64),
                 f"worst/{kind}": np.asarray([one.sharpness for one in worst]),
                 f"one_step/{kind}": np.asarray([one.one_step for one in worst]),
                 f"average/{kind}": np.asarray([one.value for one in average]),
@@ -253,6 +266,8 @@ class Sharpness(study.Study):
                     name: [_mean(records[f"{name}/{kind}"][:, place]) for place in range(len(radii))]
                     for name in MEASURES
                 },
+                "spreads": [float(spread) for spread in records[f"spread/{kind}"][0]],
+                "average": [_mean(values) for values in records[f"average/{kind}"].T],
                 "eigenvalue": _mean(eigenvalue),
                 "slope": _mean(records[f"slope/{kind}"]),
                 "converged": float(records[f"converged/{kind}"].mean()),
@@ -310,13 +325,15 @@ class Sharpness(study.Study):
 
     def tables(self, findings: Mapping[str, study.Finding]) -> dict[str, tables.Table]:
         """One row a run, kind and radius; and the largest eigenvalues."""
-        rows, values = [], []
+        rows, averages, values = [], [], []
         for run, finding in findings.items():
             summary = finding.summary
             for kind, entry in summary["kinds"].items():
                 for place, radius in enumerate(entry["radii"]):
                     cells = [study.number(entry[name][place], ".3g") for name in MEASURES]
                     rows.append((run, kind, radius, *cells, tables.Number(entry["quadratic"][place], format=".3g")))
+                for spread, average in zip(entry["spreads"], entry["average"], strict=True):
+                    averages.append((run, kind, spread, study.number(average, ".3g")))
             kinds = summary["kinds"]
             values.append(
                 (
@@ -340,6 +357,12 @@ class Sharpness(study.Study):
                 "Rise of the training loss (nats) within a radius of the weights",
                 ("run", "kind", "radius", *MEASURES.values(), "½ λ₁ radius²"),
                 rows,
+                caption,
+            ),
+            "sharpness_average": tables.Table(
+                "Mean rise of the training loss (nats) under random perturbations of each weight",
+                ("run", "kind", "spread", "average case"),
+                averages,
                 caption,
             ),
             "sharpness_eigenvalues": tables.Table(
@@ -377,7 +400,7 @@ def _mean(values: np.ndarray) -> dict[str, Any]:
     return dataclasses.asdict(statistics.mean(values, over=_OVER))
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _units(params: Any) -> Any:
     return solvers.scales(params)
 

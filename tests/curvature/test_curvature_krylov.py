@@ -75,7 +75,7 @@ def test_no_ghosts(rank):
 
 def test_orders():
     values = np.r_[[9.0, 5.0, -7.0, -3.0], np.linspace(-1, 1, 26)]
-    expected = {"magnitude": [9, -7, 5], "largest": [9, 5, 1], "smallest": [-7, -3, -1]}
+    expected = {"magnitude": [9, -7, 5], "largest": [9, 5, 1], "smallest": [-7, -3, -1], "both ends": [9, -7, 5]}
     assert set(expected) == set(krylov.ORDERS)
     for which, top in expected.items():
         found = curvature.lanczos(_operator(values), KEY, rank=30, top=3, which=which)

@@ -28,6 +28,8 @@ SETTINGS = {
         "mini_batches": 3,
         "radii": (0.05, 0.1),
         "adaptive_radii": (0.1, 0.2),
+        "spreads": (0.01, 0.02),
+        "adaptive_spreads": (0.1,),
         "steps": 4,
         "pairs": 2,
         "rank": 12,
