@@ -28,6 +28,9 @@ SERIES = ("#2f80d0", "#d0701c", "#2a9a6a", "#b8559e", "#8a6fd0", "#d04a52", "#1f
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 
+CONFIDENCES = (1e-3, 1 - 1e-8)
+"""Ends of an axis of confidences: some are one, for which a logarithm has no room."""
+
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
 _STYLE = {
@@ -129,6 +132,21 @@ def percent(axis: matplotlib_axes.Axes, which: str = "y") -> None:
     """Labels an axis of shares as percentages."""
     target = axis.yaxis if which == "y" else axis.xaxis
     target.set_major_formatter(ticker.PercentFormatter(xmax=1.0, decimals=None))
+
+
+def confidence(axis: matplotlib_axes.Axes) -> None:
+    """Makes the horizontal axis one of confidences within `CONFIDENCES`: 90 %, 99 % and 99.9 % are as far apart."""
+
+    def text(value: float, _: int) -> str:
+        # Beyond 99.9 % each second power of ten from one, for which there is room.
+        if value < 0.9995:
+            return f"{100 * value:.3g}%"
+        power = round(-np.log10(1.0 - value))
+        return "" if power % 2 else "1−10⁻" + "⁰¹²³⁴⁵⁶⁷⁸⁹"[power]
+
+    axis.set_xscale("logit")
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(text))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def legend(axis: matplotlib_axes.Axes, **options) -> None:

@@ -17,8 +17,10 @@ from robust_vit.curvature import (
     jacobians,
     krylov,
     operators,
+    per_example,
     power,
     products,
+    sharpness,
     traces,
 )
 
@@ -32,24 +34,34 @@ OPERATORS = {
 Density = densities.Density
 Eigenvalues = eigenvalues.Eigenvalues
 Estimate = estimates.Estimate
+ExampleValues = per_example.ExampleValues
 Jacobian = jacobians.Jacobian
 Operator = operators.Operator
+Scaled = operators.Scaled
+WorstCase = sharpness.WorstCase
 asymmetry = operators.asymmetry
+average_case = sharpness.average_case
 density = densities.density
 diagonal = traces.diagonal
 fisher = products.fisher
 frobenius = traces.frobenius
+example_eigenvalues = per_example.lanczos
+example_singular_values = per_example.singular_values
 gauss_newton = products.gauss_newton
+gradient_norms = per_example.gradient_norms
 hessian = products.hessian
 indeterminism = operators.indeterminism
 input_hessian = products.input_hessian
 jacobian = jacobians.jacobian
 lanczos = eigenvalues.lanczos
 linearise = batches.linearise
+m_sharpness = sharpness.m_sharpness
 power_iteration = power.power_iteration
 programs = krylov.planned
+scales = sharpness.scales
 stream = batches.stream
 trace = traces.trace
+worst_case = sharpness.worst_case
 
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:

@@ -65,6 +65,21 @@ def build(
     Raises:
       UserError: as `robust_vit.curvature.hessian`, but for what the loss is of its examples.
     """
+    operator = assemble(product, params, batch, context, subset, microbatch, weight_decay)
+    _check_differentiable(operator)
+    return operator
+
+
+def assemble(
+    product: Callable,
+    params: PyTree,
+    batch: PyTree,
+    context: tuple,
+    subset: str | None,
+    microbatch: int | None,
+    weight_decay: float | jax.Array = 0.0,
+) -> BatchOperator:
+    """`build` without a look at whether the product can be formed, so that it need be no linear map: see `mean`."""
     chosen, rest = subsets.select(params, subset)
     subsets.check(chosen)
     sizes = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in jax.tree.leaves(batch)}
@@ -79,9 +94,7 @@ def build(
     if microbatch is not None and microbatch >= sizes.pop():
         microbatch = None
     shift = weight_decay if isinstance(weight_decay, jax.Array) else np.asarray(weight_decay, jnp.result_type(float))
-    operator = BatchOperator(chosen, rest, batch, context, shift, product=product, microbatch=microbatch)
-    _check_differentiable(operator)
-    return operator
+    return BatchOperator(chosen, rest, batch, context, shift, product=product, microbatch=microbatch)
 
 
 def check_separable(loss: Callable, params: PyTree, batch: PyTree, context: tuple) -> None:
@@ -238,7 +251,7 @@ def _check_differentiable(operator: BatchOperator) -> None:
 def _apply(operator: BatchOperator, vector: PyTree) -> PyTree:
     # The precision has to be set where the product is traced: f32 products are bf16 on a TPU and TF32 on a GPU otherwise.
     with jax.default_matmul_precision("highest"):
-        product = _mean(operator, vector)
+        product = mean(operator, vector)
     return _shifted(product, operator.shift, vector)
 
 
@@ -251,7 +264,8 @@ def _shifted(product: PyTree, shift, vector: PyTree) -> PyTree:
     return jax.tree.map(lambda hv, v: (hv + jnp.asarray(shift, hv.dtype) * v).astype(v.dtype), product, vector)
 
 
-def _mean(operator: BatchOperator, vector: PyTree) -> PyTree:
+def mean(operator: BatchOperator, vector: PyTree) -> PyTree:
+    """The mean over the examples, without the shift, microbatch by microbatch; of any pytree of means that the product gives."""
     batch, size, microbatch = operator.batch, operator.examples, operator.microbatch
     operands = vector, operator.like, operator.rest, operator.context
     if microbatch is None or microbatch >= size:

@@ -127,7 +127,7 @@ def lanczos(
                 if saved is not None:
                     saved.save(state, applications)
             resumed = None
-            found, coefficients, rows = _solve(state, top, which, tolerance)
+            found, coefficients, rows = solve(state, top, which, tolerance)
             if int(state.size) == steps:
                 break
             if state.broken:
@@ -152,10 +152,14 @@ def lanczos(
     return dataclasses.replace(found, applications=applications)
 
 
-def _solve(
+def solve(
     state: krylov.Krylov, top: int, which: str, tolerance: float
 ) -> tuple[Eigenvalues, Float[np.ndarray, "rows top"], np.ndarray]:
-    """The Ritz values asked for, their vectors' coefficients in rows of the basis, and the numbers of these rows."""
+    """The eigenvalues of a decomposition, their vectors' coefficients in rows of the basis, and the numbers of these rows.
+
+    Raises:
+      UserError: the operator returned a NaN or an infinity.
+    """
     matrix, outward, rows = krylov.projected(state)
     ritz, coefficients = scipy.linalg.eigh(matrix)
     order = ORDERS[which](ritz)[:top]

@@ -230,11 +230,11 @@ def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Kry
         images = jax.tree.map(lambda leaf: leaf[None], operator(jax.tree.map(lambda leaf: leaf[0], block)))
     else:
         images = jax.vmap(operator)(block)
-    return _absorb(krylov, images)
+    return absorb(krylov, images)
 
 
-def _absorb(krylov: Krylov, images: PyTree) -> Krylov:
-    """The decomposition with the images of its following block."""
+def absorb(krylov: Krylov, images: PyTree) -> Krylov:
+    """The decomposition after a step, given what the operator makes of the block that follows, `[block, ...]`."""
     block = krylov.block
     active = (krylov.size < krylov.steps) & ~krylov.broken
     # Where nothing is to be done the writes fall outside and are dropped.
@@ -268,7 +268,7 @@ def _begin(krylov: Krylov, first: PyTree) -> Krylov:
     return krylov.replace(following=unit)
 
 
-_absorb_in_place = jax.jit(_absorb, donate_argnums=0)
+_absorb_in_place = jax.jit(absorb, donate_argnums=0)
 
 
 def _choose(condition: jax.Array, one: PyTree, other: PyTree) -> PyTree:
@@ -287,8 +287,8 @@ def _draw(key: jax.Array, like: PyTree, block: int) -> PyTree:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _start(like: PyTree, key: jax.Array, rank: int, block: int, placement: tuple[NamedSharding, ...] | None) -> Krylov:
+def start_like(like: PyTree, key: jax.Array, rank: int, block: int = 1) -> Krylov:
+    """`start` from the shapes and dtypes of the vectors alone."""
     wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), like)
     steps = -(-rank // block)
     draw_key, fresh_key = jax.random.split(key)
@@ -297,7 +297,7 @@ def _start(like: PyTree, key: jax.Array, rank: int, block: int, placement: tuple
     following = _draw(draw_key, wide, block)
     if block > 1:
         _, _, following = bases.orthonormalise(basis, following, jnp.ones((), dtype))
-    krylov = Krylov(
+    return Krylov(
         basis=basis,
         following=following,
         alpha=jnp.zeros((steps, block, block), dtype),
@@ -308,6 +308,11 @@ def _start(like: PyTree, key: jax.Array, rank: int, block: int, placement: tuple
         broken=jnp.bool_(False),
         key=fresh_key,
     )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _start(like: PyTree, key: jax.Array, rank: int, block: int, placement: tuple[NamedSharding, ...] | None) -> Krylov:
+    krylov = start_like(like, key, rank, block)
     if placement is None:
         return krylov
     return jax.lax.with_sharding_constraint(krylov, _shardings(krylov, placement))

@@ -51,6 +51,30 @@ def by_host(operator: Operator) -> bool:
     return hasattr(operator, "block")
 
 
+class Scaled(flax.struct.PyTreeNode):
+    """`S A S` for a diagonal S: the operator in coordinates of which one unit is one `scale`. No cost beyond the operator's.
+
+    With `scale = |parameters|` and a Hessian it is the matrix of adaptive sharpness, whose eigenvalues a rescaling of the
+    parameters that leaves the network as it is leaves as they are (`robust_vit.curvature.sharpness`).
+
+    Attributes:
+      operator: A.
+      scale: the diagonal of S, like the vectors.
+    """
+
+    operator: Any
+    scale: PyTree
+
+    @property
+    def like(self) -> PyTree:
+        """The operator's."""
+        return self.operator.like
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """The map applied to a vector."""
+        return _multiplied(self.scale, self.operator(_multiplied(self.scale, vector)))
+
+
 def asymmetry(operator: Operator, key: jax.Array) -> jax.Array:
     """`|u'Av - v'Au| / (|Au| |v|)` for two random vectors: rounding for a symmetric map, order one for a mistake.
 
@@ -79,9 +103,10 @@ def indeterminism(operator: Operator, key: jax.Array) -> jax.Array:
     return _share(trees.norm(trees.add(first, second, -1.0)), trees.norm(first))
 
 
-def not_finite(application: int | None = None) -> errors.UserError:
-    """The error of a solver whose operator returned a NaN or an infinity, at this application, where that is known."""
+def not_finite(application: int | None = None, example: int | None = None) -> errors.UserError:
+    """The error of a solver whose operator returned a NaN or an infinity, at this application and example, where known."""
     at = "" if application is None else f" at application {application}"
+    at += "" if example is None else f" for example {example}"
     return errors.UserError(
         f"the operator returned a value that is not finite{at}: check that the loss and its second derivative are finite at "
         "these parameters and this batch."
@@ -89,6 +114,10 @@ def not_finite(application: int | None = None) -> errors.UserError:
 
 
 _draw = jax.jit(probes.draw)
+
+
+def _multiplied(scale: PyTree, vector: PyTree) -> PyTree:
+    return jax.tree.map(lambda s, v: (s * v).astype(v.dtype), scale, vector)
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:

@@ -24,9 +24,11 @@ STUDIES = {
     "calibration": "robust_vit.studies.calibration:Calibration",
     "certificate": "robust_vit.studies.certificate:Certificate",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
+    "input_curvature": "robust_vit.studies.input_curvature:InputCurvature",
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
     "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",
     "physical_attack": "robust_vit.studies.physical_attack:PhysicalAttack",
+    "sharpness": "robust_vit.studies.sharpness:Sharpness",
     "spatial_attack": "robust_vit.studies.spatial_attack:SpatialAttack",
     "transfer": "robust_vit.studies.transfer:Transfer",
 }

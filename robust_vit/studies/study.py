@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -38,6 +38,7 @@ class Subject:
       seed: of every draw that a study makes.
       mesh: the devices that share the work, or None for JAX's default device.
       rivals: name -> model of the other runs that tell the same classes apart (`introduce`).
+      history: training step -> a function that reads the parameters that the run had then, oldest first; may be empty.
     """
 
     classifier: classifiers.Classifier | classifiers.Wrapped
@@ -54,6 +55,7 @@ class Subject:
     seed: int = 0
     mesh: Mesh | None = None
     rivals: Mapping[str, classifiers.Classifier | classifiers.Wrapped] = dataclasses.field(default_factory=dict)
+    history: Mapping[int, Callable[[], Any]] = dataclasses.field(default_factory=dict)
 
     def put(self, arrays: Any) -> Any:
         """Arrays `[examples, ...]` on the subject's devices, split over them; the same call on every process."""

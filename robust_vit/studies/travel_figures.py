@@ -13,7 +13,6 @@ from robust_vit import plots
 from robust_vit.studies import attack_figures, study
 
 _RUNS_SHOWN = 4
-_SHOWN = (1e-3, 1 - 1e-8)  # Ends of the axis of confidence: some are one.
 
 
 def psnr(change: Float[np.ndarray, " examples"]) -> Float[np.ndarray, " examples"]:
@@ -35,13 +34,13 @@ def confidence(
                 if name == "jump":
                     chosen = chosen & ~records["flipped"]
                 lengths, crossed = records[f"epsilon/{name}"][chosen], records[f"crossed/{name}"][chosen]
-                places = np.clip(records["confidence"][chosen], *_SHOWN)
+                places = np.clip(records["confidence"][chosen], *plots.CONFIDENCES)
                 style = {"color": plots.color(index), "linestyle": "none", "alpha": 0.35, "markeredgewidth": 0}
                 axis.plot(places[crossed], lengths[crossed], marker=plots.marker(index), markersize=3.5, **style)
                 axis.plot(places[~crossed], lengths[~crossed], marker=6, markersize=6, **style)
                 bins = finding.summary["starts"][name]["bins"]
                 axis.plot(
-                    np.clip([entry["confidence"] for entry in bins], *_SHOWN),
+                    np.clip([entry["confidence"] for entry in bins], *plots.CONFIDENCES),
                     [entry["mean"] for entry in bins],
                     color=plots.color(index),
                     marker=plots.marker(index),
@@ -53,10 +52,7 @@ def confidence(
             axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_title(words)
             axis.set_xlabel("confidence of the unmoved image")
-            # Most images have confidences near one: on this scale 90 %, 99 % and 99.9 % are as far apart.
-            axis.set_xscale("logit")
-            axis.xaxis.set_major_formatter(ticker.FuncFormatter(_share))
-            axis.xaxis.set_minor_locator(ticker.NullLocator())
+            plots.confidence(axis)
         axes[0, 0].set_ylim(top=min(1.3 * axes[0, 0].get_ylim()[1], 1.3 * limit))
         axes[0, 0].set_ylabel("ε to the boundary (RMS change of a pixel)")
         plots.legend(axes[0, 0], loc="best")
@@ -91,14 +87,6 @@ def boundary(findings: Mapping[str, study.Finding], jump: float) -> matplotlib_f
                     line[column].set_title(text, **attack_figures.caption(plots.color(index)))
                 attack_figures.side(line[0], f"{run}\n{words}", plots.color(index))
     return figure
-
-
-def _share(value: float, _: int) -> str:
-    """A confidence on the axis: 99.9 %, and beyond that each second power of ten from one, for which there is room."""
-    if value < 0.9995:
-        return f"{100 * value:.3g}%"
-    power = round(-np.log10(1.0 - value))
-    return "" if power % 2 else "1−10⁻" + "⁰¹²³⁴⁵⁶⁷⁸⁹"[power]
 
 
 def _text(records: Mapping[str, np.ndarray], name: str, column: int) -> str:

@@ -22,6 +22,18 @@ SETTINGS = {
     "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
     "transfer": {"batch": 64, "examples": 100, "steps": 3},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
+    "input_curvature": {"batch": 64, "examples": 100, "rank": 12, "exhibits": 2},
+    "sharpness": {
+        "batch": 8,
+        "mini_batches": 3,
+        "radii": (0.05, 0.1),
+        "adaptive_radii": (0.1, 0.2),
+        "spreads": (0.01, 0.02),
+        "adaptive_spreads": (0.1,),
+        "steps": 4,
+        "pairs": 2,
+        "rank": 12,
+    },
     "spatial_attack": {"batch": 64, "examples": 100, "grid": (3, 3, 5), "tries": 3, "exhibits": 2},
     "patch_attack": {
         "batch": 50,
