@@ -72,7 +72,7 @@ def start(
       block: vectors a step.
       first: the first block `[block, ...]` in place of the draw; of any length, linearly independent.
     """
-    krylov = _start(operator.like, key, rank, block, _placement(operator.like))
+    krylov = _start(operator.like, key, rank, block, placement_of(operator.like))
     if first is None:
         return krylov
     given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (first, krylov.following))
@@ -167,7 +167,7 @@ def planned(
     """The compiled programs of `lanczos` with how often each runs at most, for planning; the operator's arrays may be shapes."""
     steps, chunk = counts(operator, rank, block, check_every)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    placement = _placement(operator.like)
+    placement = placement_of(operator.like)
     krylov = _start.eval_shape(operator.like, key, steps * block, block, placement)
     if placement is not None:
         placed = _shardings(krylov, placement)
@@ -318,7 +318,7 @@ def _start(like: PyTree, key: jax.Array, rank: int, block: int, placement: tuple
     return jax.lax.with_sharding_constraint(krylov, _shardings(krylov, placement))
 
 
-def _placement(like: PyTree) -> tuple[NamedSharding, ...] | None:
+def placement_of(like: PyTree) -> tuple[NamedSharding, ...] | None:
     """Where the leaves of `like` lie, if on a mesh: a vector that started elsewhere than it ends would compile twice."""
     placed = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like))
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(like))
