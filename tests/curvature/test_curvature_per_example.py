@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from robust_vit import curvature, errors, losses
-from robust_vit.curvature import krylov, operators, per_example
+from robust_vit.curvature import eigenvalues, operators, per_example
 
 CLASSES, SIDE = 4, (3, 4)
 DIMENSION = 12
@@ -52,7 +52,8 @@ def test_at_full_rank_every_example_has_its_own_dense_spectrum(dtype, tolerance)
         scale = exact.max(axis=1, keepdims=True)
         # Three eigenvalues and a null space of nine, whose copies take a fresh direction each.
         assert (np.abs(found.values - exact) <= tolerance * scale).all()
-        assert (found.residuals <= 3 * tolerance * scale).all()
+        # What is left below the rounding of the arithmetic ends a subspace, and is left out of its couplings.
+        assert (found.residuals <= found.noise[:, None]).all()
         assert found.converged.all()
         assert (found.steps == DIMENSION).all()
         vectors = np.asarray(found.vectors, np.float64).reshape(5, DIMENSION, DIMENSION)
@@ -149,8 +150,8 @@ def test_both_ends_is_an_order_of_lanczos_too():
         operators.Symmetric(jnp.diag(jnp.asarray(values))), jax.random.key(0), rank=5, top=5, which="both ends"
     )
     np.testing.assert_allclose(found.values, [5, -2, 4, -1, 0.5], atol=1e-5)
-    np.testing.assert_array_equal(krylov.ORDERS["both ends"](np.asarray([1.0, 3.0])), [1, 0])
-    np.testing.assert_array_equal(krylov.ORDERS["both ends"](np.asarray([7.0])), [0])
+    np.testing.assert_array_equal(eigenvalues.ORDERS["both ends"](np.asarray([1.0, 3.0])), [1, 0])
+    np.testing.assert_array_equal(eigenvalues.ORDERS["both ends"](np.asarray([7.0])), [0])
 
 
 def linear_map(inputs, kernel):
