@@ -60,6 +60,7 @@ power_iteration = power.power_iteration
 programs = krylov.planned
 scales = sharpness.scales
 stream = batches.stream
+together = batches.together
 trace = traces.trace
 worst_case = sharpness.worst_case
 

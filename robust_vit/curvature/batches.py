@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from robust_vit import errors, loops, trees
+from robust_vit import mesh as meshes
 from robust_vit.curvature import operators, subsets
 
 PyTree = Any
@@ -177,6 +179,57 @@ def linearise(operator: operators.Operator) -> Linearised:
     return Linearised(operator.like, _linearise(operator))
 
 
+class Together(flax.struct.PyTreeNode):
+    """Operators over batches of equal shapes, each on a vector of its own: one map that mixes none. `together` makes it.
+
+    Attributes:
+      like: like the operators' vectors with a leading axis, one for each of them.
+      operator: one of them, whose batch has that axis too.
+    """
+
+    like: PyTree
+    operator: BatchOperator
+
+    def __call__(self, vectors: PyTree) -> PyTree:
+        """Each map applied to its vector, `[operators, ...]`."""
+        return _apply_each(self.operator, vectors)
+
+
+def together(operators: Sequence[BatchOperator], *, mesh: Mesh | None = None) -> Together:
+    """Independent operators as one, for Lanczos in lock-step (`curvature.example_eigenvalues`): one key and one result for each.
+
+    It pays where one mini-batch does not fill the device, and over several devices, which then share the operators and send
+    each other nothing. It does not on a CPU: there a convolutional network takes 2.9 times as long as one by one.
+
+    Args:
+      operators: of the same loss, parameters, context, shift and microbatch, over batches of equal shapes.
+      mesh: the devices that share them.
+
+    Raises:
+      UserError: there are none, or they differ in more than their batches.
+    """
+    if not operators:
+        raise errors.UserError("there are no operators to take together.")
+    first = operators[0]
+    shapes = {str(jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), one.batch)) for one in operators}
+    same = [
+        (one.product, one.microbatch) == (first.product, first.microbatch)
+        and _same(one.replace(batch=None), first.replace(batch=None))
+        for one in operators
+    ]
+    if len(shapes) > 1 or not all(same):
+        raise errors.UserError(
+            "the operators differ in more than their batches' values: take together those of one loss, one set of parameters, "
+            "and batches of one shape."
+        )
+    batch = jax.tree.map(
+        lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *(one.batch for one in operators)
+    )
+    batch = meshes.put_global(mesh, batch)
+    placed = None if mesh is None else meshes.examples(mesh, len(operators))
+    return Together(_repeated(first.like, len(operators), placed), first.replace(batch=batch))
+
+
 @dataclasses.dataclass(frozen=True)
 class Streamed:
     """The mean over a data set of operators over its batches, applied one after the other by the host. `stream` makes it.
@@ -243,7 +296,7 @@ def _check_differentiable(operator: BatchOperator) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise errors.UserError(
             f"the second derivative cannot be formed ({reason}): a fused attention kernel has none, so build the model with "
-            'attention="xla", or take mode="finite difference"; the loss has to be a scalar.'
+            'attention="explicit", or take mode="finite difference"; the loss has to be a scalar.'
         ) from error
 
 
@@ -283,6 +336,27 @@ def mean(operator: BatchOperator, vector: PyTree) -> PyTree:
 def _linearise(operator: operators.Operator) -> Callable:
     # The map is linear, so its derivative anywhere is itself; what does not depend on the vector is computed here.
     return jax.linearize(operator, trees.zeros_like(operator.like))[1]
+
+
+def _same(one: BatchOperator, other: BatchOperator) -> bool:
+    """Whether two operators hold the same arrays, or equal numbers."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    structures = jax.tree.structure(one) == jax.tree.structure(other)
+    return structures and all(a is b or (np.ndim(a) == np.ndim(b) == 0 and a == b) for a, b in pairs)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _repeated(like: PyTree, count: int, placed: NamedSharding | None) -> PyTree:
+    rows = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape)), like)
+    return rows if placed is None else jax.lax.with_sharding_constraint(rows, placed)
+
+
+@jax.jit
+def _apply_each(operator: BatchOperator, vectors: PyTree) -> PyTree:
+    def one(batch: PyTree, vector: PyTree) -> PyTree:
+        return _apply(operator.replace(batch=batch), vector)
+
+    return jax.vmap(one)(operator.batch, vectors)
 
 
 @jax.jit

@@ -246,3 +246,48 @@ def test_what_is_refused():
     with pytest.raises(errors.UserError, match="needs float32 or float64"):
         curvature.example_singular_values(linear_map, inputs.astype(jnp.bfloat16), kernel, keys=keys(3))
     assert per_example.ExampleValues is curvature.ExampleValues
+
+
+def batch_loss(params, batch):
+    return jnp.mean(jnp.log1p(jnp.exp(-batch["y"] * (jnp.tanh(batch["x"] @ params["u"]) @ params["w"]))))
+
+
+def mini_batches(count, examples=6):
+    rng = np.random.default_rng(3)
+    params = {"u": rng.normal(size=(4, 3)), "w": rng.normal(size=3)}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    draws = [(rng.normal(size=(examples, 4)), rng.choice([-1, 1], examples)) for _ in range(count)]
+    return params, [{"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.float32)} for x, y in draws]
+
+
+@pytest.mark.parametrize("microbatch", [None, 4])
+def test_mini_batches_in_lock_step_are_those_one_by_one(microbatch):
+    params, batches = mini_batches(3)
+    options = {"microbatch": microbatch, "weight_decay": 0.1}
+    each = [curvature.hessian(batch_loss, params, batch, **options) for batch in batches]
+    solve = {"rank": 15, "top": 3, "check_every": 5, "tolerance": 1e-5}
+    found = curvature.example_eigenvalues(curvature.together(each), keys(3), **solve)
+    for index, operator in enumerate(each):
+        one = curvature.lanczos(operator, keys(3)[index], **solve)
+        np.testing.assert_allclose(found.values[index], one.values, atol=1e-6)
+        assert found.steps[index] == one.applications
+    assert found.converged.all()
+    assert np.ptp(found.values[:, 0]) > 1e-2
+
+
+def test_operators_that_are_no_mini_batches_of_one_loss_are_not_taken_together():
+    params, batches = mini_batches(2)
+    first = curvature.hessian(batch_loss, params, batches[0])
+    moved = jax.tree.map(lambda leaf: leaf + 1.0, params)
+    smaller = jax.tree.map(lambda leaf: leaf[:3], batches[1])
+    others = [
+        curvature.hessian(batch_loss, moved, batches[1]),
+        curvature.hessian(batch_loss, params, batches[1], weight_decay=0.1),
+        curvature.hessian(batch_loss, params, batches[1], mode="finite difference"),
+        curvature.hessian(batch_loss, params, smaller),
+    ]
+    for other in others:
+        with pytest.raises(errors.UserError, match="differ in more than their batches"):
+            curvature.together([first, other])
+    with pytest.raises(errors.UserError, match="no operators"):
+        curvature.together([])
