@@ -9,7 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, power, products, traces
+from robust_vit.curvature import (
+    batches,
+    blocks,
+    densities,
+    estimates,
+    jacobians,
+    krylov,
+    operators,
+    power,
+    products,
+    spectra,
+    traces,
+)
 
 OPERATORS = {
     "hessian": "robust_vit.curvature.products:hessian",
@@ -24,8 +36,10 @@ Estimate = estimates.Estimate
 Jacobian = jacobians.Jacobian
 Operator = operators.Operator
 asymmetry = operators.asymmetry
+condition_number = spectra.condition_number
 density = densities.density
 diagonal = traces.diagonal
+effective_rank = spectra.effective_rank
 fisher = products.fisher
 frobenius = traces.frobenius
 gauss_newton = products.gauss_newton
@@ -35,10 +49,15 @@ input_hessian = products.input_hessian
 jacobian = jacobians.jacobian
 lanczos = krylov.lanczos
 linearise = batches.linearise
+negative_share = spectra.negative_share
+overlap = spectra.overlap
+parameter_blocks = blocks.blocks
+positive_mean = spectra.positive_mean
 power_iteration = power.power_iteration
 programs = krylov.planned
 stream = batches.stream
 trace = traces.trace
+within = blocks.within
 
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:
