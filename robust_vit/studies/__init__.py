@@ -12,6 +12,7 @@ from typing import Any
 from robust_vit import registry
 from robust_vit.studies.study import Comparison as Comparison
 from robust_vit.studies.study import Finding as Finding
+from robust_vit.studies.study import Snapshot as Snapshot
 from robust_vit.studies.study import Study as Study
 from robust_vit.studies.study import Subject as Subject
 from robust_vit.studies.study import introduce as introduce
