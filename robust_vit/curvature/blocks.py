@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from robust_vit import errors, trees
 from robust_vit.curvature import operators, subsets
@@ -85,7 +85,7 @@ def within(operator: operators.Operator, subset: str) -> Within:
     """
     subsets.select(operator.like, subset)
     mask = trees.mask(operator.like, subset)
-    return Within(operator, jax.tree.map(lambda chosen: jnp.float32(chosen), mask))
+    return Within(operator, jax.tree.map(np.float32, mask))
 
 
 def _block(path: str, branched: set[str]) -> tuple[str, str]:
