@@ -24,6 +24,7 @@ STUDIES = {
     "boundary_travel": "robust_vit.studies.boundary_travel:BoundaryTravel",
     "calibration": "robust_vit.studies.calibration:Calibration",
     "certificate": "robust_vit.studies.certificate:Certificate",
+    "hessian_density": "robust_vit.studies.hessian_density:HessianDensity",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
     "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",

@@ -15,7 +15,7 @@ from matplotlib import figure as matplotlib_figure
 from robust_vit import classifier as classifiers
 from robust_vit import curvature, errors, losses, programs, tables, trees
 from robust_vit.metrics import statistics
-from robust_vit.studies import forward, spectrum_figures, study
+from robust_vit.studies import forward, spectrum_figures, spectrum_tables, study
 
 _PURPOSE = 0x68657373  # "hess": keeps the starting vectors apart from every other draw under the same seed.
 _CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
@@ -166,7 +166,7 @@ class HessianSpectrum(study.Study):
             inside = curvature.within(operator, next(iter(subsets.values())))
             steps = curvature.programs(inside, rank=self.rank, check_every=check_every)
             planned += [dataclasses.replace(one, times=one.times * len(subsets)) for one in steps]
-        planned.append(programs.Program("loss", _value, (classifier, batch), times=1, static=(loss,)))
+        planned.append(programs.Program("loss", value, (classifier, batch), times=1, static=(loss,)))
         times = len(self._steps(subject)) * self.mini_batches
         return [dataclasses.replace(one, times=one.times * times) for one in planned]
 
@@ -253,7 +253,7 @@ class HessianSpectrum(study.Study):
             check_every=min(_CHECK_EVERY, self.rank),
         )
         found = solve(operator, top=self.top, vectors=self.overlaps)
-        more = {"loss": np.float64(_value(self._loss(subject), classifier, inputs))}
+        more = {"loss": np.float64(value(self._loss(subject), classifier, inputs))}
         if self.blocks:
             subsets = curvature.parameter_blocks(classifier.params).values()
             tops = [solve(curvature.within(operator, subset), top=1) for subset in subsets]
@@ -352,54 +352,12 @@ class HessianSpectrum(study.Study):
 
     def tables(self, findings: Mapping[str, study.Finding]) -> dict[str, tables.Table]:
         """One row a run and phase."""
-        early = any("early" in finding.summary for finding in findings.values())
-        overlapping = any("chance_overlap" in finding.summary for finding in findings.values())
-        rows = []
-        for run, finding in findings.items():
-            summary = finding.summary
-            phases = {"end": summary}
-            if "early" in summary:
-                phases = {f"early (step {summary['early']['step']:,})": summary["early"], **phases}
-            for phase, part in phases.items():
-                rows.append(
-                    (
-                        run,
-                        *((phase,) if early else ()),
-                        study.number(part["largest"], ".4g"),
-                        study.number(part["smallest"], ".4g"),
-                        study.number(part["ape"], ".4g"),
-                        study.number(part["nep"], ".1%"),
-                        *((study.number(part.get("overlap"), ".3f"),) if overlapping else ()),
-                        *((study.number(part.get("overlap_with_end"), ".3f"),) if early and overlapping else ()),
-                        tables.Number(part["converged"], format=".0%"),
-                        tables.Number(part["median_relative_residual"], format=".1e"),
-                        tables.Number(part["loss"]["value"], format=".3f"),
-                        summary["parameters"],
-                    )
-                )
-        columns = (
-            "run",
-            *(("phase",) if early else ()),
-            "largest λ",
-            "smallest of the top λ",
-            "APE (mean positive λ)",
-            "NEP (negative share)",
-            *(("overlap between mini-batches",) if overlapping else ()),
-            *(("overlap with the end",) if early and overlapping else ()),
-            "converged",
-            "median relative residual",
-            "loss (nats)",
-            "parameters",
-        )
         caption = (
             f"{self.mini_batches} mini-batches of {self.batch} from the augmented training stream; loss NLL + L2; "
             "BatchNorm with running statistics, dropout off. 95 % bootstrap intervals over mini-batches."
         )
-        if overlapping:
-            chance = max(finding.summary.get("chance_overlap", 0.0) for finding in findings.values())
-            caption += f" Random subspaces would overlap by {chance:.1e} or less."
         title = f"Top {self.top} Hessian eigenvalues by magnitude"
-        return {"hessian_spectrum": tables.Table(title, columns, rows, caption)}
+        return {"hessian_spectrum": spectrum_tables.eigenvalues(findings, title=title, caption=caption)}
 
     def compare(self, first: study.Finding, second: study.Finding) -> list[study.Comparison]:
         """The difference of the largest eigenvalue, paired where both runs saw the same images in the same mini-batches."""
@@ -419,7 +377,8 @@ class HessianSpectrum(study.Study):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _value(loss: MeanLoss, classifier: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+def value(loss: MeanLoss, classifier: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean loss of a batch, compiled once for equal losses. One forward pass."""
     return loss(classifier.params, batch, classifier)
 
 

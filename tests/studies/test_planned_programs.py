@@ -21,6 +21,7 @@ SMALL = {
     "certificate": {"batch": 16, "examples": 40, "steps": 2, "estimation": 30, "selection": 10, "samples": 10},
     "loss_progression": {"batch": 16, "examples": 40, "steps": 2},
     "transfer": {"batch": 16, "examples": 40, "steps": 2},
+    "hessian_density": {"batch": 16, "probes": 2, "rank": 8},
     "hessian_spectrum": {"mini_batches": 2, "rank": 8, "top": 2},
     "spatial_attack": {"batch": 16, "examples": 40, "grid": (3, 3, 3), "tries": 3},
     "patch_attack": {"batch": 16, "examples": 40, "steps": 2, "learned_images": 32, "areas": (0.1, 0.3)},
