@@ -15,7 +15,7 @@ from matplotlib import figure as matplotlib_figure
 from robust_vit import classifier as classifiers
 from robust_vit import curvature, errors, programs, tables, trees
 from robust_vit.metrics import statistics
-from robust_vit.studies import density_figures, forward, hessian_spectrum, study
+from robust_vit.studies import density_figures, forward, hessian_spectrum, spectrum_tables, study
 
 _PURPOSE = 0x64656E73  # "dens": keeps the probes apart from every other draw under the same seed.
 _EARLY = "early/"
@@ -38,7 +38,8 @@ class HessianDensity(study.Study):
       probes: random vectors; one is a chunk.
       rank: Lanczos steps a probe: products, each 8/3 of a gradient (Gauss-Newton: 5/3).
       operator: `hessian`; or `gauss_newton`, which is positive semidefinite: what the outputs' curvature makes of it.
-      floor: share of the largest magnitude nearer than which to zero single eigenvalues are not told apart.
+      floor: share of the largest magnitude; what is nearer to zero counts neither as negative nor as positive, because Lanczos
+        tells no single eigenvalues apart there. The rounding of the arithmetic, where that is more.
       label_smoothing: of the loss, or None for the subject's; of no effect on Gauss-Newton.
       weight_decay: of the L2 term, or None for the subject's.
       microbatch: images differentiated at a time; None for the batch at once; or "auto", as many as there is memory for.
@@ -54,6 +55,11 @@ class HessianDensity(study.Study):
             "Density of all eigenvalues, smoothed by a Gaussian of 1 % of their range; the band is two standard errors over "
             "probes. A bump as high as the dotted line is one eigenvalue. To the left of the dashed line the loss curves "
             "downwards; a dotted curve is the early phase of the same run"
+        ),
+        "hessian_density_signs": (
+            "The same spectrum on an axis that is logarithmic to both sides and linear near zero: how many eigenvalues there are "
+            "in a decade. Smoothed within each sign; a bump as high as the dotted line is one eigenvalue. Most of the loss's "
+            "are near zero, and stand where L2 shifts them: at the weight decay"
         ),
     }
 
@@ -211,20 +217,20 @@ class HessianDensity(study.Study):
         plain = dataclasses.replace(found, nodes=found.nodes - decay)
         residuals = records[f"{prefix}residuals"]
         largest, smallest = np.nanargmax(found.nodes), np.nanargmin(found.nodes)
-        size = float(np.nanmax(np.abs(found.nodes)))
-        floor = max(self.floor * size, found.noise)
+        floor = self._floor(found)
         summary = {
             "trace": _over_probes(lambda part: part.trace().value, plain),
             "trace_of_l2": decay * found.dimension,
             "frobenius": _over_probes(_frobenius, plain),
             "effective_rank": _over_probes(lambda part: curvature.effective_rank(part).value, plain),
-            "negative_share": _over_probes(lambda part: part.negative().value, found),
-            "negative_share_beyond_floor": _over_probes(lambda part: part.negative(floor).value, found),
-            "negative_mass": _over_probes(lambda part: part.negative_mass().value, found),
-            "negative_share_of_loss": _over_probes(lambda part: part.negative().value, plain),
-            "negative_mass_of_loss": _over_probes(lambda part: part.negative_mass().value, plain),
-            "largest": {"value": found.nodes.flat[largest], "residual": residuals.flat[largest]},
-            "smallest": {"value": found.nodes.flat[smallest], "residual": residuals.flat[smallest]},
+            "negative_share": _over_probes(lambda part: part.negative(floor).value, found),
+            "negative_mass": _over_probes(lambda part: part.negative_mass(floor).value, found),
+            "negative_share_of_loss": _over_probes(lambda part: part.negative(floor).value, plain),
+            "negative_mass_of_loss": _over_probes(lambda part: part.negative_mass(floor).value, plain),
+            "negative_share_by_rounding": _over_probes(lambda part: part.negative().value, found),
+            # The estimate of a converged residual is below the rounding of the arithmetic, the residual is not.
+            "largest": _end(found, residuals, largest),
+            "smallest": _end(found, residuals, smallest),
             "condition_number_at_least": _finite(_condition(found, residuals)),
             "noise": found.noise,
             "floor": floor,
@@ -232,11 +238,12 @@ class HessianDensity(study.Study):
             "applications": found.applications,
         }
         caveats = []
-        share, beyond = summary["negative_share"]["value"], summary["negative_share_beyond_floor"]["value"]
-        if share > beyond:
+        share, rounding = summary["negative_share"]["value"], summary["negative_share_by_rounding"]["value"]
+        if rounding > share:
             caveats.append(
-                f"{1 - beyond / share:.0%} of the negative share lies within {self.floor:g} of the largest magnitude from zero: "
-                f"{self.rank} Lanczos steps tell no single eigenvalues apart there, and a sign is that of an average."
+                f"{rounding:.2%} of the eigenvalues are negative by more than rounding; what lies nearer to zero than "
+                f"{floor:.2g} is not counted, because {self.rank} Lanczos steps tell no single eigenvalues apart there: a sign is that of an "
+                "average."
             )
         relative = [
             summary[end]["residual"] / max(abs(summary[end]["value"]), 1e-300) for end in ("largest", "smallest")
@@ -250,7 +257,7 @@ class HessianDensity(study.Study):
         return summary
 
     def figures(self, findings: Mapping[str, study.Finding]) -> dict[str, matplotlib_figure.Figure]:
-        """The densities of all runs side by side."""
+        """The densities of all runs side by side, as they are published, and on an axis that shows both signs."""
         if not findings:
             return {}
         densities = {
@@ -261,7 +268,11 @@ class HessianDensity(study.Study):
             }
             for run, finding in findings.items()
         }
-        return {"hessian_density": density_figures.curves(densities, {run: f.summary for run, f in findings.items()})}
+        summaries = {run: finding.summary for run, finding in findings.items()}
+        return {
+            "hessian_density": density_figures.linear(densities, summaries),
+            "hessian_density_signs": density_figures.stretched(densities, summaries),
+        }
 
     def headline(self, finding: study.Finding) -> dict[str, tables.Number]:
         """The trace."""
@@ -269,55 +280,14 @@ class HessianDensity(study.Study):
 
     def tables(self, findings: Mapping[str, study.Finding]) -> dict[str, tables.Table]:
         """One row a run and phase."""
-        early = any("early" in finding.summary for finding in findings.values())
-        rows = []
-        for run, finding in findings.items():
-            phases = {"end": finding.summary}
-            if "early" in finding.summary:
-                step = finding.summary["early"]["step"]
-                phases = {f"early (step {step:,})": finding.summary["early"], **phases}
-            for phase, part in phases.items():
-                rows.append(
-                    (
-                        run,
-                        *((phase,) if early else ()),
-                        study.number(part["trace"], ".4g"),
-                        tables.Number(part["trace_of_l2"], format=".4g"),
-                        study.number(part["frobenius"], ".4g"),
-                        study.number(part["effective_rank"], ".3g"),
-                        study.number(part["negative_share"], ".2%"),
-                        study.number(part["negative_share_beyond_floor"], ".3%"),
-                        study.number(part["negative_mass"], ".1%"),
-                        _with_residual(part["largest"]),
-                        _with_residual(part["smallest"]),
-                        tables.Number(part["condition_number_at_least"], format=".2g"),
-                        tables.Number(part["loss"], format=".3f"),
-                        finding.summary["parameters"],
-                    )
-                )
-        columns = (
-            "run",
-            *(("phase",) if early else ()),
-            "trace of the loss",
-            "trace of L2",
-            "Frobenius norm of the loss",
-            "effective rank of the loss",
-            "negative eigenvalues",
-            f"beyond {self.floor:g} of the largest |λ|",
-            "negative mass",
-            "largest λ",
-            "smallest λ",
-            "condition number at least",
-            "loss (nats)",
-            "parameters",
-        )
         caption = (
             f"{_words(self.operator)} of NLL + L2 on {self.batch} images of the augmented training stream, {self.probes} probes "
-            f"of rank {self.rank}. Negative eigenvalues: share of all by number, above the rounding of the arithmetic; "
-            "negative mass: share by magnitude. Effective rank: (Σ|λ|)² / Σλ². 95 % bootstrap intervals over probes; of the two "
-            "ends the residual, within which there is an eigenvalue."
+            f"of rank {self.rank}. Negative eigenvalues: share of all by number, beyond {self.floor:g} of the largest magnitude; "
+            "negative mass: their share by magnitude. Effective rank: (Σ|λ|)² / Σλ². 95 % bootstrap intervals over probes; of "
+            "the two ends the residual, within which there is an eigenvalue."
         )
-        return {"hessian_density": tables.Table(f"Spectrum of the {_words(self.operator)}", columns, rows, caption)}
+        title = f"Spectrum of the {_words(self.operator)}"
+        return {"hessian_density": spectrum_tables.densities(findings, title=title, caption=caption)}
 
     def compare(self, first: study.Finding, second: study.Finding) -> list[study.Comparison]:
         """Differences of the trace and of the negative share, where both runs saw the same images."""
@@ -327,13 +297,20 @@ class HessianDensity(study.Study):
         compared = []
         for words, format, number in (
             (f"trace of the {_words(self.operator)} of the loss", "+.3g", _traces),
-            ("share of negative eigenvalues", "+.2%", _negative_shares),
+            ("share of negative eigenvalues", "+.2%", self._negative_shares),
         ):
             pair = [number(finding.records)[rows] for finding, rows in ((first, left), (second, right))]
             difference = statistics.paired_difference(*pair, over="probes")
             test = statistics.sign_flip(*pair, over="probes")
             compared.append(study.comparison(words, difference, test, format))
         return compared
+
+    def _floor(self, found: curvature.Density) -> float:
+        return max(self.floor * float(np.nanmax(np.abs(found.nodes))), found.noise)
+
+    def _negative_shares(self, records: Mapping[str, np.ndarray]) -> np.ndarray:
+        found = density(records)
+        return np.where(np.nan_to_num(found.nodes) < -self._floor(found), found.weights, 0.0).sum(axis=1)
 
 
 def density(records: Mapping[str, np.ndarray], prefix: str = "") -> curvature.Density:
@@ -373,6 +350,10 @@ def _condition(found: curvature.Density, residuals: np.ndarray) -> float:
     return curvature.condition_number(found.nodes[there], residuals[there], noise=found.noise)
 
 
+def _end(found: curvature.Density, residuals: np.ndarray, place: int) -> dict[str, float]:
+    return {"value": float(found.nodes.flat[place]), "residual": max(float(residuals.flat[place]), found.noise)}
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -381,16 +362,6 @@ def _traces(records: Mapping[str, np.ndarray]) -> np.ndarray:
     found = density(records)
     forms = (found.weights * np.nan_to_num(found.nodes)).sum(axis=1)
     return found.dimension * (forms - records["weight_decay"])
-
-
-def _negative_shares(records: Mapping[str, np.ndarray]) -> np.ndarray:
-    found = density(records)
-    return np.where(np.nan_to_num(found.nodes) < -found.noise, found.weights, 0.0).sum(axis=1)
-
-
-def _with_residual(entry: Mapping[str, float]) -> tables.Number:
-    value, residual = entry["value"], entry["residual"]
-    return tables.Number(value, value - residual, value + residual, "residual", ".4g")
 
 
 def _words(operator: str) -> str:

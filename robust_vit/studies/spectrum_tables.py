@@ -1,4 +1,4 @@
-"""The table of Hessian spectra: one row a run and phase."""
+"""The tables of Hessian spectra and densities: one row a run and phase."""
 
 from __future__ import annotations
 
@@ -53,3 +53,55 @@ def eigenvalues(findings: Mapping[str, study.Finding], *, title: str, caption: s
         chance = max(finding.summary.get("chance_overlap", 0.0) for finding in findings.values())
         caption += f" Random subspaces would overlap by {chance:.1e} or less."
     return tables.Table(title, columns, rows, caption)
+
+
+def densities(findings: Mapping[str, study.Finding], *, title: str, caption: str) -> tables.Table:
+    """Trace, norm, effective rank, negative shares and both ends of each run, the early phase above the end."""
+    early = any("early" in finding.summary for finding in findings.values())
+    rows = []
+    for run, finding in findings.items():
+        phases = {"end": finding.summary}
+        if "early" in finding.summary:
+            step = finding.summary["early"]["step"]
+            phases = {f"early (step {step:,})": finding.summary["early"], **phases}
+        for phase, part in phases.items():
+            rows.append(
+                (
+                    run,
+                    *((phase,) if early else ()),
+                    study.number(part["trace"], ".4g"),
+                    tables.Number(part["trace_of_l2"], format=".4g"),
+                    study.number(part["frobenius"], ".4g"),
+                    study.number(part["effective_rank"], ".3g"),
+                    study.number(part["negative_share"], ".2%"),
+                    study.number(part["negative_mass"], ".1%"),
+                    study.number(part["negative_mass_of_loss"], ".1%"),
+                    _with_residual(part["largest"]),
+                    _with_residual(part["smallest"]),
+                    tables.Number(part["condition_number_at_least"], format=".2g"),
+                    tables.Number(part["loss"], format=".3f"),
+                    finding.summary["parameters"],
+                )
+            )
+    columns = (
+        "run",
+        *(("phase",) if early else ()),
+        "trace of the loss",
+        "trace of L2",
+        "Frobenius norm of the loss",
+        "effective rank of the loss",
+        "negative eigenvalues",
+        "negative mass",
+        "negative mass of the loss",
+        "largest λ",
+        "smallest λ",
+        "condition number at least",
+        "loss (nats)",
+        "parameters",
+    )
+    return tables.Table(title, columns, rows, caption)
+
+
+def _with_residual(entry: Mapping[str, float]) -> tables.Number:
+    value, residual = entry["value"], entry["residual"]
+    return tables.Number(value, value - residual, value + residual, "residual", ".4g")

@@ -9,7 +9,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import linear, make_subject
+from conftest import linear, linear_hessian, make_subject
 
 from robust_vit import classifier, errors, losses, studies
 from robust_vit.studies import identity, spectrum_figures
@@ -197,17 +197,11 @@ def test_overlaps_are_those_of_dense_eigenvectors_and_the_same_after_a_resume(su
     again = study.chunk(past, 1)
     for name, value in again.items():
         np.testing.assert_array_equal(value[0], finding.records[name][1])
-    flat, unravel = jax.flatten_util.ravel_pytree(subject.classifier.params)
     spaces = {}
     for phase, scale in (("early", 0.15), ("end", 1.0)):
         for index in range(2):
-            rows = np.arange(8 * index, 8 * index + 8)
-            images, labels = jnp.asarray(subject.train.images[rows]), jnp.asarray(subject.train.labels[rows])
-
-            def loss(vector, images=images, labels=labels):
-                return losses.cross_entropy(linear(unravel(vector), images), labels).mean()
-
-            values, vectors = np.linalg.eigh(np.asarray(jax.hessian(loss)(scale * flat), np.float64))
+            params = jax.tree.map(lambda leaf, scale=scale: scale * leaf, subject.classifier.params)
+            values, vectors = np.linalg.eigh(linear_hessian(params, subject.train.images[8 * index : 8 * index + 8]))
             spaces[phase, index] = vectors[:, np.argsort(-np.abs(values))[:2]]
 
     def overlap(first, second):
@@ -234,16 +228,11 @@ def test_blocks_are_those_of_the_dense_hessian(subject):
     study = studies.build("hessian_spectrum", blocks=True, batch=8, mini_batches=2, top=2, rank=30)
     finding = study.run(subject)
     assert list(finding.records["exhibit/blocks"]) == ["bias", "kernel"]
-    batch = {"image": jnp.asarray(subject.train.images[8:16]), "label": jnp.asarray(subject.train.labels[8:16])}
-    for place, name in enumerate(("bias", "kernel")):
-
-        def loss(leaf, name=name):
-            params = {**subject.classifier.params, name: leaf.reshape(subject.classifier.params[name].shape)}
-            return losses.cross_entropy(linear(params, batch["image"]), batch["label"]).mean()
-
-        dense = np.linalg.eigvalsh(np.asarray(jax.hessian(loss)(subject.classifier.params[name].ravel()), np.float64))
+    dense = linear_hessian(subject.classifier.params, subject.train.images[8:16])
+    for place, block in enumerate((dense[:3, :3], dense[3:, 3:])):
         # Lanczos stops at a relative residual of 1e-2, which is squared in the value.
-        np.testing.assert_allclose(finding.records["blocks/values"][1, place], dense.max() + 0.01, rtol=1e-3)
+        expected = np.linalg.eigvalsh(block).max() + 0.01
+        np.testing.assert_allclose(finding.records["blocks/values"][1, place], expected, rtol=1e-3)
     assert set(finding.summary["blocks"]) == {"bias", "kernel"}
     assert "hessian_blocks" in study.figures({"run": finding})
     forward, _ = study.passes(subject)
