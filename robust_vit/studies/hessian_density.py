@@ -242,8 +242,8 @@ class HessianDensity(study.Study):
         if rounding > share:
             caveats.append(
                 f"{rounding:.2%} of the eigenvalues are negative by more than rounding; what lies nearer to zero than "
-                f"{floor:.2g} is not counted, because {self.rank} Lanczos steps tell no single eigenvalues apart there: a sign is that of an "
-                "average."
+                f"{floor:.2g} is not counted, because {self.rank} Lanczos steps tell no single eigenvalues apart there: a sign "
+                "is that of an average."
             )
         relative = [
             summary[end]["residual"] / max(abs(summary[end]["value"]), 1e-300) for end in ("largest", "smallest")
