@@ -29,7 +29,7 @@ def get_config(argument: str = ""):
             "accuracy": settings.study("accuracy"),
             "calibration": settings.study("calibration"),
             "attack_curve": settings.study("attack_curve", examples=1000, steps=20),
-            "hessian_spectrum": settings.study("hessian_spectrum"),
+            "hessian_spectrum": settings.study("hessian_spectrum", early=True),
         }
     config.log_every = 100
     config.threat = "cifar10/linf-8"

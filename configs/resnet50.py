@@ -20,7 +20,7 @@ def get_config(argument: str = ""):
             "accuracy": settings.study("accuracy"),
             "calibration": settings.study("calibration"),
             "attack_curve": settings.study("attack_curve", examples=1000, steps=20),
-            "hessian_spectrum": settings.study("hessian_spectrum"),
+            "hessian_spectrum": settings.study("hessian_spectrum", early=True),
         }
     smoke = presets.apply_argument(config, argument, data="imagenet", image_size=224)
     config.objective.label_smoothing = 0.1

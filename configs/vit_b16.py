@@ -21,7 +21,7 @@ def get_config(argument: str = ""):
             "accuracy": settings.study("accuracy"),
             "calibration": settings.study("calibration"),
             "attack_curve": settings.study("attack_curve", examples=1000, steps=20),
-            "hessian_spectrum": settings.study("hessian_spectrum"),
+            "hessian_spectrum": settings.study("hessian_spectrum", early=True),
         }
     # Small images are enlarged inside the classifier: at 32 px a patch of 16 would leave four tokens.
     smoke = presets.apply_argument(config, argument, data="imagenet", image_size=224)

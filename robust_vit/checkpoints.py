@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from robust_vit import errors, files, processes, trees
@@ -52,7 +53,7 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved asynchronously, the newest few and the best are kept.
+    """The checkpoints of one run: saved asynchronously; the newest few, the best and all milestones are kept.
 
     Args:
       folder: where the steps live.
@@ -87,8 +88,13 @@ class Checkpoints:
         scored = [(metrics[self._best], -step) for step, metrics in self._metrics().items() if self._best in metrics]
         return -max(scored)[1] if scored else None
 
-    def save(self, step: int, state: PyTree, *, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts to save; returns when the arrays have been copied. A save under way is waited for first."""
+    def save(
+        self, step: int, state: PyTree, *, metrics: Mapping[str, float] | None = None, milestone: bool = False
+    ) -> None:
+        """Starts to save; returns when the arrays have been copied. A save under way is waited for first.
+
+        A milestone is kept for ever: the manifest says so, so that no later configuration takes it for an old step.
+        """
         self.wait()
         partial = self._folder / f"{step}{_PARTIAL}"
         final = self._folder / str(step)
@@ -97,6 +103,7 @@ class Checkpoints:
                 return
             self._writer.save(partial, state, force=True)
         content = {"step": step, "metrics": dict(metrics or {}), "arrays": _describe(state)}
+        content |= {"milestone": True} if milestone else {}
         self._sealing = threading.Thread(
             target=self._seal, args=(partial, content), name=f"checkpoint-{step}", daemon=True
         )
@@ -141,13 +148,7 @@ class Checkpoints:
         return restore(self._folder, target, step=step, preferred=preferred)
 
     def _metrics(self) -> dict[int, dict[str, float]]:
-        found = {}
-        for step in self.steps():
-            try:
-                found[step] = _read_manifest(self._folder / str(step))["metrics"]
-            except (OSError, ValueError):
-                continue  # Damaged: it can be neither the best nor restored.
-        return found
+        return {step: manifest["metrics"] for step, manifest in _manifests(self._folder).items()}
 
     def _seal(self, partial: pathlib.Path, content: dict[str, Any]) -> None:
         try:
@@ -162,7 +163,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         present = self.steps()
-        kept = set(present[-self._keep :]) | {self.best_step()}
+        kept = {*present[-self._keep :], self.best_step(), *_milestones(self._folder)}
         for step in present:
             if step not in kept:
                 # Renamed first: a kill in the middle of a removal leaves nothing that looks like a step.
@@ -180,6 +181,13 @@ def steps(folder: os.PathLike | str) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+
+
+def milestones(folder: os.PathLike | str) -> list[int]:
+    """The steps of a checkpoint folder that are kept for ever, oldest first; the same on every process."""
+    found = _milestones(pathlib.Path(folder)) if processes.is_first() else []
+    count = processes.first_finds(lambda: len(found))
+    return processes.from_first(np.asarray(found or [0] * count, np.int64)).tolist()
 
 
 def restore(
@@ -272,6 +280,20 @@ def _is_there(final: pathlib.Path) -> bool:
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(final, aside)
     return False
+
+
+def _milestones(folder: pathlib.Path) -> list[int]:
+    return [step for step, manifest in _manifests(folder).items() if manifest.get("milestone")]
+
+
+def _manifests(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
+    found = {}
+    for step in steps(folder):
+        try:
+            found[step] = _read_manifest(folder / str(step))
+        except (OSError, ValueError):
+            continue  # Damaged: it can be neither the best nor a milestone, nor restored.
+    return found
 
 
 def _read(path: pathlib.Path, step: int, target: PyTree) -> Restored:

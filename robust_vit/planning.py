@@ -109,8 +109,8 @@ def collect(setups: Mapping[str, runs.Setup], asked: Mapping[str, studies.Study]
     subjects = {}
     for name, setup in setups.items():
         seeds = [f"{name}.seed{index}" for index in range(setup.replicas or 1)]
-        model = setup.abstract_classifier()
-        subjects |= {seed: runs.subject(setup, model, name) for seed in seeds}
+        model, past = setup.abstract_classifier(), runs.history(setup, until=setup.steps)
+        subjects |= {seed: runs.subject(setup, model, name, past) for seed in seeds}
     subjects = studies.introduce(subjects)
     for name, setup in setups.items():
         subject = subjects[f"{name}.seed0"]

@@ -77,7 +77,7 @@ def shrink(config: ml_collections.ConfigDict) -> None:
         config.optimizer.warmup_epochs = 0.0
         config.log_every = 2
         for entry in config.studies.values():
-            small = {"examples": 32, "batch": 16, "steps": 3, "mini_batches": 2, "rank": 8, "exhibits": 4}
+            small = {"examples": 32, "batch": 16, "steps": 3, "mini_batches": 2, "probes": 2, "rank": 8, "exhibits": 4}
             for key, value in small.items():
                 if key in entry and (entry[key] in (None, programs.AUTO) or entry[key] > value):
                     entry[key] = value

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,7 @@ class Setup:
       optimizer: the Optax transformation.
       steps: length of training.
       replicas: seeds trained at once, or None for one.
+      warmup: steps of the warm-up.
     """
 
     config: ml_collections.ConfigDict
@@ -64,6 +65,17 @@ class Setup:
     optimizer: Any
     steps: int
     replicas: int | None
+    warmup: int = 0
+
+    @functools.cached_property
+    def milestones(self) -> frozenset[int]:
+        """The steps whose checkpoints are kept for ever: `config.checkpoint.milestones`."""
+        return _milestones(
+            tuple(self.config.checkpoint.milestones),
+            steps=self.steps,
+            warmup=self.warmup,
+            epoch=self.bundle.train.steps_per_epoch,
+        )
 
     def fresh_state(self) -> train_state.TrainState:
         """Initial parameters and optimiser state, compiled as one program; `replicas` seeds of them where asked.
@@ -164,11 +176,12 @@ def prepare(
     steps = config.train.steps or max(round(config.train.epochs * bundle.train.steps_per_epoch), 1)
     optimizer_options = config.optimizer.to_dict()
     reference_batch = optimizer_options.pop("reference_batch") or config.data.batch
+    warmup = min(int(optimizer_options.pop("warmup_epochs") * bundle.train.steps_per_epoch), steps // 2)
     schedule = schedules.build(
         optimizer_options.pop("schedule"),
         peak=optimizer_options.pop("learning_rate") * config.data.batch / reference_batch,
         steps=steps,
-        warmup=min(int(optimizer_options.pop("warmup_epochs") * bundle.train.steps_per_epoch), steps // 2),
+        warmup=warmup,
         final=optimizer_options.pop("final"),
         boundaries=optimizer_options.pop("boundaries"),
         factor=optimizer_options.pop("factor"),
@@ -183,8 +196,9 @@ def prepare(
             f"train.accumulate={parts!r} does not divide data.batch={config.data.batch}: choose a divisor, or 'auto'."
         )
     replicas = config.replicas if config.replicas > 1 else None
-    setup = Setup(config, folder, bundle, module, bundle.spec, shared, schedule, optimizer, steps, replicas)
-    setup.abstract_state()  # Refuses sharding rules that fit nothing.
+    setup = Setup(config, folder, bundle, module, bundle.spec, shared, schedule, optimizer, steps, replicas, warmup)
+    setup.abstract_state()  # Refuses sharding rules that fit nothing,
+    _ = setup.milestones  # and this what is no step.
     return setup
 
 
@@ -214,12 +228,47 @@ def subjects(setup: Setup) -> tuple[dict[str, studies.Subject], int]:
     found = {}
     for replica in range(setup.replicas or 1):
         name = setup.folder.name if setup.replicas is None else f"{setup.folder.name}.seed{replica}"
-        found[name] = subject(setup, setup.classifier(state, replica), name)
+        found[name] = subject(setup, setup.classifier(state, replica), name, history(setup, replica, until=step))
     return found, step
 
 
-def subject(setup: Setup, model: classifier.Classifier, name: str) -> studies.Subject:
-    """The model of a run, with the data of that run, as studies want it."""
+def history(setup: Setup, replica: int = 0, *, until: int) -> dict[int, studies.Snapshot]:
+    """What is kept of a run's training before a step: its milestones on the disk, and those that it has yet to pass.
+
+    Args:
+      setup: what `prepare` returned.
+      replica: which of the seeds.
+      until: milestones before this step.
+    """
+    folder = setup.folder / "checkpoints"
+    passed = processes.first_finds(lambda: max(checkpoints.steps(folder), default=0))
+    found = {*checkpoints.milestones(folder), *(step for step in setup.milestones if step > passed)}
+    chosen = None if setup.replicas is None else replica
+    return {
+        step: studies.Snapshot(functools.partial(_past_variables, setup, step, chosen))
+        for step in sorted(found)
+        if step < until
+    }
+
+
+def _past_variables(setup: Setup, step: int, replica: int | None) -> PyTree:
+    variables = _variables_at(setup, step)
+    return variables if replica is None else train_state.replica(variables, replica)
+
+
+@functools.lru_cache(maxsize=1)  # A study reads the same one for each of its chunks.
+def _variables_at(setup: Setup, step: int) -> PyTree:
+    restored = checkpoints.restore(setup.folder / "checkpoints", setup.abstract_state(), step=step)
+    return train_state.variables(restored.state)
+
+
+def subject(
+    setup: Setup,
+    model: classifier.Classifier,
+    name: str,
+    history: Mapping[int, Callable[[], Any]] | None = None,
+) -> studies.Subject:
+    """The model of a run, with the data and the history of that run, as studies want it."""
     config = setup.config
     return studies.Subject(
         classifier=model,
@@ -235,7 +284,34 @@ def subject(setup: Setup, model: classifier.Classifier, name: str) -> studies.Su
         label_smoothing=config.objective.get("label_smoothing", 0.0),
         seed=config.seed,
         mesh=setup.mesh,
+        history=dict(history or {}),
+        warmup=setup.warmup,
     )
+
+
+def _milestones(asked: tuple, *, steps: int, warmup: int, epoch: int) -> frozenset[int]:
+    """The steps that `checkpoint.milestones` names; none of them beyond the end of training.
+
+    Raises:
+      errors.UserError: an unknown word, or a number that is no step and no share.
+    """
+    words = {"warmup": [warmup] if warmup else [], "epochs": range(epoch, steps + 1, epoch)}
+    found: set[int] = set()
+    for entry in asked:
+        if isinstance(entry, str):
+            if entry not in words:
+                raise errors.unknown("milestone", entry, words)
+            found.update(words[entry])
+        elif isinstance(entry, float) and 0.0 < entry < 1.0:
+            found.add(max(round(entry * steps), 1))
+        elif isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1:
+            found.add(entry)
+        else:
+            raise errors.UserError(
+                f"checkpoint.milestones has {entry!r}: expected 'warmup', 'epochs', a step from 1, or a share of training "
+                "between 0 and 1."
+            )
+    return frozenset(step for step in found if step <= steps)
 
 
 def _check_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:

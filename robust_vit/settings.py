@@ -106,6 +106,9 @@ def default() -> ml_collections.ConfigDict:
     config.checkpoint.every_epochs = 1.0  # Validate and save.
     config.checkpoint.every_steps = ml_collections.config_dict.placeholder(int)  # Save in between as well.
     config.checkpoint.keep = 2  # Newest checkpoints kept, beside the best.
+    # Kept for ever, and what studies see of a run's history: "warmup" is the last step of the warm-up, "epochs" the last of each
+    # epoch, a whole number that step, a number below one that share of training.
+    config.checkpoint.milestones = ("warmup",)
 
     config.profile = ml_collections.ConfigDict()
     config.profile.start = 10  # First step of the trace, counted from where this process begins.

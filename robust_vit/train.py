@@ -168,7 +168,7 @@ def _loop(
                 state = step_function(state, batch, keys)
                 if wait:
                     jax.block_until_ready(state)
-            last = step == setup.steps
+            last, milestone = step == setup.steps, step in setup.milestones
             if step % config.log_every == 0 or last or step == start + 1:
                 _check_finite(state)
             if step % config.log_every == 0 or last:
@@ -178,10 +178,11 @@ def _loop(
                 _check_finite(state)
                 metrics = validate(setup, state)
                 log.validation(step, metrics)
-                keeper.save(step, state, metrics={name: float(np.mean(value)) for name, value in metrics.items()})
-            elif config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
+                means = {name: float(np.mean(value)) for name, value in metrics.items()}
+                keeper.save(step, state, metrics=means, milestone=milestone)
+            elif milestone or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
                 _check_finite(state)
-                keeper.save(step, state)
+                keeper.save(step, state, milestone=milestone)
         keeper.wait()
 
 

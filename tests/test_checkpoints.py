@@ -61,6 +61,21 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert keeper.best_step() == 1
 
 
+def test_milestones_are_kept_whatever_a_later_configuration_says(tmp_path):
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=1)) as keeper:
+        for step in (1, 2, 3, 4):
+            keeper.save(step, _state(step), milestone=step == 2)
+    assert checkpoints.steps(tmp_path) == [2, 4]
+    assert checkpoints.milestones(tmp_path) == [2]
+    _save(tmp_path, 5, 6, keep=1)
+    assert checkpoints.steps(tmp_path) == [2, 6]
+    assert checkpoints.restore(tmp_path, _state()).step == 6
+    assert _equal(checkpoints.restore(tmp_path, _state(), step=2).state, _state(2))
+    assert checkpoints.milestones(tmp_path / "nowhere") == []
+    (tmp_path / "2" / checkpoints.MANIFEST).write_bytes(b"{}")  # Who cannot be read is no milestone.
+    assert checkpoints.milestones(tmp_path) == []
+
+
 def test_the_earliest_of_equally_good_steps_is_the_best(tmp_path):
     with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=3, best="accuracy")) as keeper:
         for step in (1, 2, 3):

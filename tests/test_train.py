@@ -140,6 +140,53 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(folder, tmp_path, whole, p
     assert (resumed.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
 
 
+def test_the_end_of_the_warm_up_is_kept_through_kills_and_is_the_history(folder, tmp_path):
+    flat = {"checkpoint.keep": 1, "optimizer.warmup_epochs": 0.8, "train.steps": 16, "study_step": "last"}
+    kept = tmp_path / "main" / "checkpoints"
+    with pytest.raises(train.Stopped):
+        _train(folder, tmp_path, stop=_after(4), **flat)
+    assert checkpoints.milestones(kept) == [4]
+    setup = _train(folder, tmp_path, **flat)
+    assert setup.warmup == 4
+    # Beside it the newest and the best: the others are gone.
+    assert checkpoints.milestones(kept) == [4]
+    assert 4 in checkpoints.steps(kept)
+    assert len(checkpoints.steps(kept)) <= 3
+    subject = runs.subjects(setup)[0]["main"]
+    assert list(subject.history) == [4]
+    assert subject.early() == subject.warmup == 4
+    early = checkpoints.read_raw(kept, 4)["params"]
+    for read in (subject.history[4](), subject.past(4).params):
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), dict(read), early))
+    assert not np.array_equal(jax.tree.leaves(early)[0], jax.tree.leaves(subject.classifier.params)[0])
+
+
+def test_milestones_are_words_steps_and_shares_and_no_part_of_what_is_trained(folder, tmp_path, whole):
+    def steps(*asked, **flat):
+        return set(runs.prepare(_config(folder, **flat, **{"checkpoint.milestones": asked}), tmp_path).milestones)
+
+    assert whole.bundle.train.steps_per_epoch == whole.warmup == 5
+    assert steps("epochs") == {5, 10}
+    assert steps("warmup", 7, 0.5, 500) == {5, 6, 7}
+    assert steps("warmup", **{"optimizer.warmup_epochs": 0.0}) == steps() == set()
+    for wrong, message in (("warmpu", "did you mean 'warmup'"), (0, "has 0:"), (1.5, "has 1.5:"), (True, "has True:")):
+        with pytest.raises(errors.UserError, match=message):
+            steps(wrong)
+    # A run that was trained without them goes on, and has no history.
+    runs.prepare(_config(folder, **{"checkpoint.milestones": (3,)}), whole.folder.parent)
+    flat = {"checkpoint.milestones": (), "study_step": "last"}
+    with pytest.raises(train.Stopped):
+        _train(folder, tmp_path, stop=_after(6), **flat)
+    without = runs.prepare(_config(folder, **flat), tmp_path)
+    assert checkpoints.milestones(without.folder / "checkpoints") == []
+    subject = runs.subjects(without)[0]["main"]
+    assert subject.history == {}
+    assert subject.early() is None
+    # The plan of a training that is yet to come knows what there will be.
+    later = runs.prepare(_config(folder, **{"checkpoint.milestones": (2, 9)}), tmp_path / "new")
+    assert list(runs.history(later, until=12)) == [2, 9]
+
+
 def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(folder, tmp_path, whole, caplog):
     with pytest.raises(train.Stopped):
         _train(folder, tmp_path, stop=_after(9))
@@ -197,11 +244,17 @@ def test_resume_continues_another_run_and_init_takes_its_weights(folder, tmp_pat
 
 
 def test_replicas_are_trained_together_and_studied_apart(folder, tmp_path):
-    setup = _train(folder, tmp_path, replicas=2)
+    setup = _train(folder, tmp_path, replicas=2, study_step="last")
     subjects, _ = runs.subjects(setup)
     assert list(subjects) == ["main.seed0", "main.seed1"]
     kernels = [jax.tree.leaves(subject.classifier.params)[0] for subject in subjects.values()]
     assert not np.array_equal(*kernels)
+    for name, subject in subjects.items():
+        assert list(subject.history) == [5]
+        past = jax.tree.leaves(subject.history[5]())[0]
+        assert past.shape == kernels[0].shape
+        raw = jax.tree.leaves(checkpoints.read_raw(setup.folder / "checkpoints", 5)["params"])[0]
+        np.testing.assert_array_equal(past, raw[int(name[-1])])
     line = progress.read(setup.folder / "metrics.jsonl")[0]
     assert len(line["train/loss"]) == 2
 

@@ -11,6 +11,7 @@ from typing import Any
 from robust_vit import registry
 from robust_vit.curvature import (
     batches,
+    blocks,
     densities,
     eigenvalues,
     estimates,
@@ -21,6 +22,7 @@ from robust_vit.curvature import (
     power,
     products,
     sharpness,
+    spectra,
     traces,
 )
 
@@ -41,12 +43,14 @@ Scaled = operators.Scaled
 WorstCase = sharpness.WorstCase
 asymmetry = operators.asymmetry
 average_case = sharpness.average_case
+condition_number = spectra.condition_number
 density = densities.density
 diagonal = traces.diagonal
-fisher = products.fisher
-frobenius = traces.frobenius
+effective_rank = spectra.effective_rank
 example_eigenvalues = per_example.lanczos
 example_singular_values = per_example.singular_values
+fisher = products.fisher
+frobenius = traces.frobenius
 gauss_newton = products.gauss_newton
 gradient_norms = per_example.gradient_norms
 hessian = products.hessian
@@ -56,12 +60,17 @@ jacobian = jacobians.jacobian
 lanczos = eigenvalues.lanczos
 linearise = batches.linearise
 m_sharpness = sharpness.m_sharpness
+negative_share = spectra.negative_share
+overlap = spectra.overlap
+parameter_blocks = blocks.blocks
+positive_mean = spectra.positive_mean
 power_iteration = power.power_iteration
 programs = krylov.planned
 scales = sharpness.scales
 stream = batches.stream
 together = batches.together
 trace = traces.trace
+within = blocks.within
 worst_case = sharpness.worst_case
 
 

@@ -41,18 +41,21 @@ class Density:
         values = np.where(self.weights > 0, function(np.nan_to_num(self.nodes)), 0.0)
         return estimates.over_samples((self.weights * values).sum(axis=1), self.applications)
 
-    def negative(self) -> estimates.Estimate:
-        """The share of eigenvalues below zero by more than the noise."""
-        return self.integral(lambda nodes: nodes < -self.noise)
+    def negative(self, floor: float | None = None) -> estimates.Estimate:
+        """The share of eigenvalues below zero by more than a floor: the noise, where none is given."""
+        floor = self.noise if floor is None else floor
+        return self.integral(lambda nodes: nodes < -floor)
 
-    def positive(self) -> estimates.Estimate:
-        """The share of eigenvalues above zero by more than the noise."""
-        return self.integral(lambda nodes: nodes > self.noise)
+    def positive(self, floor: float | None = None) -> estimates.Estimate:
+        """The share of eigenvalues above zero by more than a floor: the noise, where none is given."""
+        floor = self.noise if floor is None else floor
+        return self.integral(lambda nodes: nodes > floor)
 
-    def negative_mass(self) -> estimates.Estimate:
-        """The sum of |eigenvalue| over the negative ones, as a share of that over all."""
+    def negative_mass(self, floor: float | None = None) -> estimates.Estimate:
+        """The sum of |eigenvalue| over those below zero by more than a floor (the noise), as a share of that over all."""
+        floor = self.noise if floor is None else floor
         magnitudes = self.weights * np.abs(np.nan_to_num(self.nodes))
-        negative = np.where(np.nan_to_num(self.nodes) < -self.noise, magnitudes, 0.0).sum(axis=1)
+        negative = np.where(np.nan_to_num(self.nodes) < -floor, magnitudes, 0.0).sum(axis=1)
         return estimates.ratio(negative, magnitudes.sum(axis=1), self.applications)
 
     def trace(self) -> estimates.Estimate:

@@ -12,6 +12,7 @@ from typing import Any
 from robust_vit import registry
 from robust_vit.studies.study import Comparison as Comparison
 from robust_vit.studies.study import Finding as Finding
+from robust_vit.studies.study import Snapshot as Snapshot
 from robust_vit.studies.study import Study as Study
 from robust_vit.studies.study import Subject as Subject
 from robust_vit.studies.study import introduce as introduce
@@ -23,6 +24,7 @@ STUDIES = {
     "boundary_travel": "robust_vit.studies.boundary_travel:BoundaryTravel",
     "calibration": "robust_vit.studies.calibration:Calibration",
     "certificate": "robust_vit.studies.certificate:Certificate",
+    "hessian_density": "robust_vit.studies.hessian_density:HessianDensity",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
     "input_curvature": "robust_vit.studies.input_curvature:InputCurvature",
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from matplotlib import figure as matplotlib_figure
-from matplotlib import ticker
 
 from robust_vit import classifier as classifiers
-from robust_vit import curvature, errors, losses, plots, programs, tables, trees
+from robust_vit import curvature, errors, losses, programs, tables, trees
 from robust_vit.metrics import statistics
-from robust_vit.studies import forward, study
+from robust_vit.studies import forward, spectrum_figures, spectrum_tables, study
 
 _PURPOSE = 0x68657373  # "hess": keeps the starting vectors apart from every other draw under the same seed.
 _CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
+_EARLY = "early/"  # Before the names of the records of the early phase.
+# Settings that came later: left out of `settings()` where they are off, so that an older result still answers the same question.
+_LATER = ("early", "overlaps", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ class HessianSpectrum(study.Study):
 
     Protocol of Park & Kim 2022 (arXiv 2202.06709, figures 1c and 4; their code for it was never released): mini-batches of
     16 of the *augmented training stream*, objective NLL + L2, the five eigenvalues of largest magnitude of each, their
-    density over mini-batches, NEP = share of negative ones and APE = mean of the positive ones. Departures: Lanczos with
+    density over mini-batches, NEP = share of negative ones and APE = mean of the positive ones; at the end of training and, with
+    `early`, at the end of the warm-up. Departures: Lanczos with
     residuals in place of PyHessian's power iteration with deflation (100 iterations, relative tolerance 1e-3, which returns
     λ2 for λ1 where they are close); ten mini-batches in place of a tenth of the training set; BatchNorm uses its running
     statistics and dropout is off, so that the operator is one linear map; mixed labels (mixup, cutmix) are left out. The L2
@@ -62,6 +63,11 @@ class HessianSpectrum(study.Study):
       label_smoothing: of the loss, or None for the subject's.
       weight_decay: of the L2 term, or None for the subject's.
       microbatch: images differentiated at a time; None for the mini-batch at once; or "auto", as many as there is memory for.
+      early: measure the first kept checkpoint after the warm-up as well (`checkpoint.milestones`), on the same mini-batches:
+        twice the cost.
+      overlaps: keep the eigenvectors in memory for how far the top eigenspaces of two mini-batches in a row agree, and those of
+        one mini-batch early and at the end (Gur-Ari et al. 2018, arXiv 1812.04754); no further products.
+      blocks: the eigenvalue of largest magnitude in each block of the parameters as well; `rank` products a block at most.
     """
 
     name: ClassVar[str] = "hessian_spectrum"
@@ -73,7 +79,15 @@ class HessianSpectrum(study.Study):
     captions: ClassVar[Mapping[str, str]] = {
         "hessian_spectrum": (
             "Density of the eigenvalues of largest magnitude, pooled over mini-batches; each stroke is an eigenvalue. "
-            "To the left of the dashed line the loss curves downwards"
+            "To the left of the dashed line the loss curves downwards. A dotted curve is the early phase of the same run"
+        ),
+        "hessian_overlaps": (
+            "Overlap of top eigenspaces: the mean squared projection of one's eigenvectors on the other's. A mark is a "
+            "mini-batch, the bar their mean with its interval"
+        ),
+        "hessian_blocks": (
+            "The Hessian eigenvalue of largest magnitude in each block of the parameters alone, mean over mini-batches of its "
+            "magnitude; a hollow mark where most of them are negative"
         ),
     }
 
@@ -87,6 +101,9 @@ class HessianSpectrum(study.Study):
     label_smoothing: float | None = None
     weight_decay: float | None = None
     microbatch: int | str | None = None
+    early: bool = False
+    overlaps: bool = False
+    blocks: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,6 +113,14 @@ class HessianSpectrum(study.Study):
                 # The mini-batch is what is measured, so memory cannot choose it: it chooses the part differentiated at a time.
                 hint = ' (microbatch="auto" is what saves memory here)' if value == programs.AUTO else ""
                 raise errors.UserError(f"{name} is {value!r}: expected a whole number from 1{hint}.")
+
+    def settings(self) -> dict[str, Any]:
+        """As of every study; what came later is left out where it is off."""
+        return {name: value for name, value in super().settings().items() if value is not False or name not in _LATER}
+
+    def looks_back(self, subject: study.Subject) -> tuple[int, ...]:
+        """The early step, where it is asked for and there is one."""
+        return tuple(step for step in self._steps(subject) if step is not None)
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs parameters and a training stream."""
@@ -112,9 +137,10 @@ class HessianSpectrum(study.Study):
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """At most: each Hessian-vector product counts as two forward and two backward passes an image; the loss is one more."""
-        del subject
-        products = 2 * self.mini_batches * self.rank * self.batch
-        return products + self.mini_batches * self.batch, products
+        spectra = len(self._steps(subject)) * self.mini_batches
+        solved = 1 + (len(curvature.parameter_blocks(subject.classifier.params)) if self.blocks else 0)
+        products = 2 * spectra * solved * self.rank * self.batch
+        return products + spectra * self.batch, products
 
     def most(self, subject: study.Subject) -> int:
         """The mini-batch."""
@@ -122,7 +148,7 @@ class HessianSpectrum(study.Study):
         return self.batch
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
-        """Lanczos over the Hessian of a mini-batch, and its loss."""
+        """Lanczos over the Hessian of a mini-batch, and of one block of it, and its loss."""
         shape = (
             subject.train.image_shape if hasattr(subject.train, "image_shape") else forward.images(subject, 1).shape[1:]
         )
@@ -133,9 +159,21 @@ class HessianSpectrum(study.Study):
         classifier = classifiers.in_float32(subject.classifier)
         loss = self._loss(subject)
         operator = self._operator(subject, classifier, batch)
-        steps = curvature.programs(operator, rank=self.rank, check_every=min(_CHECK_EVERY, self.rank))
-        value = programs.Program("loss", _value, (classifier, batch), times=1, static=(loss,))
-        return [dataclasses.replace(one, times=one.times * self.mini_batches) for one in (*steps, value)]
+        check_every = min(_CHECK_EVERY, self.rank)
+        planned = curvature.programs(operator, rank=self.rank, check_every=check_every)
+        if self.blocks:
+            subsets = curvature.parameter_blocks(classifier.params)
+            inside = curvature.within(operator, next(iter(subsets.values())))
+            steps = curvature.programs(inside, rank=self.rank, check_every=check_every)
+            planned += [dataclasses.replace(one, times=one.times * len(subsets)) for one in steps]
+        planned.append(programs.Program("loss", value, (classifier, batch), times=1, static=(loss,)))
+        times = len(self._steps(subject)) * self.mini_batches
+        return [dataclasses.replace(one, times=one.times * times) for one in planned]
+
+    def _steps(self, subject: study.Subject) -> tuple[int | None, ...]:
+        """What is measured: the judged model (None), and before it the early step, where it is asked for and there is one."""
+        early = subject.early() if self.early else None
+        return (None,) if early is None else (early, None)
 
     def _loss(self, subject: study.Subject) -> MeanLoss:
         return MeanLoss(float(subject.label_smoothing if self.label_smoothing is None else self.label_smoothing))
@@ -155,187 +193,201 @@ class HessianSpectrum(study.Study):
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Eigenvalues, residuals and the loss of one mini-batch: one record."""
         batch = forward.training_examples(subject.train, index * self.batch, self.batch)
-        # Half precision would make every small eigenvalue noise, so the float32 twin is what is differentiated.
-        classifier = classifiers.in_float32(subject.classifier)
-        inputs = subject.put({"image": batch["image"], "label": batch["label"]})
-        operator = self._operator(subject, classifier, inputs)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index)
-        found = curvature.lanczos(
-            operator,
-            key,
-            rank=self.rank,
-            top=self.top,
-            tolerance=self.tolerance,
-            check_every=min(_CHECK_EVERY, self.rank),
-        )
-        return {
+        records = {
             "row": np.asarray([index], np.int32),
             "label": np.asarray([-1], np.int32),
             "rows": np.asarray(batch["row"], np.int32)[None],
-            "eigenvalues": np.asarray(found.values, np.float64)[None],
-            "residuals": np.asarray(found.residuals, np.float64)[None],
-            "converged": np.asarray(found.converged, bool)[None],
-            "noise": np.asarray([found.noise], np.float64),
-            "applications": np.asarray([found.applications], np.int32),
-            "loss": np.asarray([_value(self._loss(subject), classifier, inputs)], np.float64),
             "weight_decay": np.asarray([self._decay(subject)], np.float64),
-            "parameters": np.asarray([trees.count(classifier.params)], np.int64),
+            "parameters": np.asarray([trees.count(subject.classifier.params)], np.int64),
         }
+        spectra = {}
+        for step in self._steps(subject):
+            prefix = "" if step is None else _EARLY
+            found, more = spectra[prefix] = self._measured(subject, step, index)
+            measured = {
+                "eigenvalues": np.asarray(found.values, np.float64),
+                "residuals": np.asarray(found.residuals, np.float64),
+                "converged": np.asarray(found.converged, bool),
+                "noise": np.float64(found.noise),
+                "applications": np.int32(found.applications),
+                **more,
+            }
+            if step is not None:
+                measured["step"] = np.int32(step)
+            if self.overlaps:
+                before = self._measured(subject, step, index - 1)[0] if index else None
+                measured["overlap"] = np.float64(
+                    np.nan if before is None else curvature.overlap(before.vectors, found.vectors)
+                )
+            records |= {prefix + name: np.asarray(value)[None] for name, value in measured.items()}
+        if self.overlaps and _EARLY in spectra:
+            records[f"{_EARLY}overlap_with_end"] = np.asarray(
+                [curvature.overlap(spectra[_EARLY][0].vectors, spectra[""][0].vectors)], np.float64
+            )
+        if self.blocks and index == 0:
+            records[f"{study.EXHIBIT}blocks"] = np.asarray(list(curvature.parameter_blocks(subject.classifier.params)))
+        if index == self.mini_batches - 1:
+            _recent.cache_clear()
+        return records
+
+    def _measured(
+        self, subject: study.Subject, step: int | None, index: int
+    ) -> tuple[curvature.Eigenvalues, dict[str, np.ndarray]]:
+        """The spectrum of one mini-batch at a step, and what else is measured there; kept where its neighbours need it."""
+        return _recent(self, subject, step, index) if self.overlaps else self._measure(subject, step, index)
+
+    def _measure(
+        self, subject: study.Subject, step: int | None, index: int
+    ) -> tuple[curvature.Eigenvalues, dict[str, np.ndarray]]:
+        batch = forward.training_examples(subject.train, index * self.batch, self.batch)
+        # Half precision would make every small eigenvalue noise, so the float32 twin is what is differentiated.
+        classifier = classifiers.in_float32(subject.classifier if step is None else subject.past(step))
+        inputs = subject.put({"image": batch["image"], "label": batch["label"]})
+        operator = self._operator(subject, classifier, inputs)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index)
+        solve = functools.partial(
+            curvature.lanczos,
+            key=key,
+            rank=self.rank,
+            tolerance=self.tolerance,
+            check_every=min(_CHECK_EVERY, self.rank),
+        )
+        found = solve(operator, top=self.top, vectors=self.overlaps)
+        more = {"loss": np.float64(value(self._loss(subject), classifier, inputs))}
+        if self.blocks:
+            subsets = curvature.parameter_blocks(classifier.params).values()
+            tops = [solve(curvature.within(operator, subset), top=1) for subset in subsets]
+            for name in ("values", "residuals", "converged"):
+                more[f"blocks/{name}"] = np.concatenate([getattr(top, name) for top in tops])
+            more["blocks/applications"] = np.int32(sum(top.applications for top in tops))
+        return found, more
 
     def summarise(self, records: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """NEP, APE and the largest eigenvalue, with intervals over mini-batches."""
-        values, noise = records["eigenvalues"], records["noise"][:, None]
-        negative, positive = values < -noise, values > noise
-        relative = records["residuals"] / np.maximum(np.abs(values), 1e-300)
+        """NEP, APE and the largest eigenvalue of each phase, and what agrees of them, with intervals over mini-batches."""
+        summary = {
+            "mini_batches": len(records["row"]),
+            "parameters": int(records["parameters"][0]),
+            "weight_decay": float(records["weight_decay"][0]),
+            **self._summarise_phase(records, ""),
+        }
+        if f"{_EARLY}eigenvalues" in records:
+            early = self._summarise_phase(records, _EARLY)
+            summary["caveats"] += [f"In the early phase: {caveat}" for caveat in early.pop("caveats")]
+            summary["early"] = {"step": int(records[f"{_EARLY}step"][0]), **early}
+            if f"{_EARLY}overlap_with_end" in records:
+                summary["early"]["overlap_with_end"] = _interval(records[f"{_EARLY}overlap_with_end"])
+        elif self.early:
+            summary["caveats"].append(
+                "The run kept no checkpoint after its warm-up and before this one (checkpoint.milestones), so that only this one "
+                "was measured."
+            )
+        if "overlap" in records:
+            summary["chance_overlap"] = records["eigenvalues"].shape[1] / summary["parameters"]
+        return summary
+
+    def _summarise_phase(self, records: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
+        values, noise = records[f"{prefix}eigenvalues"], records[f"{prefix}noise"]
+        relative = records[f"{prefix}residuals"] / np.maximum(np.abs(values), 1e-300)
         caveats = []
-        share = float(records["converged"].mean())
+        share = float(records[f"{prefix}converged"].mean())
         if share < 1.0:
             caveats.append(
                 f"{1 - share:.0%} of the eigenvalues did not reach a relative residual of {self.tolerance:g} in {self.rank} "
                 f"Lanczos steps (the worst has {relative.max():.1e}): raise `rank` before reading small differences."
             )
-        unresolved = float(1.0 - (negative | positive).mean())
+        unresolved = float((np.abs(values) <= noise[:, None]).mean())
         if unresolved > 0:
             caveats.append(
                 f"{unresolved:.0%} of the eigenvalues are closer to zero than the rounding of the arithmetic: they have no "
                 "sign and count neither as negative nor as positive."
             )
 
-        def average_positive(values: np.ndarray, positive: np.ndarray) -> float:
-            return float(values[positive].mean()) if positive.any() else 0.0
+        def average_positive(values: np.ndarray, noise: np.ndarray) -> float:
+            return curvature.positive_mean(values, noise=noise)
 
-        over = "mini-batches"
-        return {
-            "mini_batches": len(values),
-            "parameters": int(records["parameters"][0]),
-            "weight_decay": float(records["weight_decay"][0]),
-            "nep": dataclasses.asdict(statistics.mean(negative.mean(axis=1), over=over)),
-            "ape": dataclasses.asdict(statistics.bootstrap(average_positive, values, positive, over=over)),
-            "largest": dataclasses.asdict(statistics.mean(values.max(axis=1), over=over)),
-            "smallest": dataclasses.asdict(statistics.mean(values.min(axis=1), over=over)),
-            "loss": dataclasses.asdict(statistics.mean(records["loss"], over=over)),
+        summary = {
+            "nep": _interval(curvature.negative_share(values, noise=noise)),
+            "ape": dataclasses.asdict(statistics.bootstrap(average_positive, values, noise, over="mini-batches")),
+            "largest": _interval(values.max(axis=1)),
+            "smallest": _interval(values.min(axis=1)),
+            "loss": _interval(records[f"{prefix}loss"]),
             "converged": share,
             "median_relative_residual": float(np.median(relative)),
             "unresolved": unresolved,
-            "applications": int(records["applications"].sum()),
+            "applications": int(records[f"{prefix}applications"].sum()),
             "caveats": caveats,
         }
+        if f"{prefix}overlap" in records and len(values) > 1:
+            summary["overlap"] = _interval(records[f"{prefix}overlap"][1:])
+        if f"{prefix}blocks/values" in records:
+            tops = records[f"{prefix}blocks/values"]
+            summary["blocks"] = {
+                str(name): {
+                    "magnitude": _interval(np.abs(tops[:, index])),
+                    "negative": float((tops[:, index] < 0).mean()),
+                }
+                for index, name in enumerate(records[f"{study.EXHIBIT}blocks"])
+            }
+            unfinished = 1.0 - float(records[f"{prefix}blocks/converged"].mean())
+            if unfinished:
+                caveats.append(f"{unfinished:.0%} of the blocks' eigenvalues did not converge: raise `rank`.")
+        return summary
 
     def figures(self, findings: Mapping[str, study.Finding]) -> dict[str, matplotlib_figure.Figure]:
-        """The density of the pooled eigenvalues, one ridge a run."""
-        return {"hessian_spectrum": _ridges(findings)} if findings else {}
+        """The density of the pooled eigenvalues, one ridge a run; overlaps and blocks where they were measured."""
+        if not findings:
+            return {}
+        figures = {"hessian_spectrum": spectrum_figures.ridges(findings)}
+        overlapping = {run: finding for run, finding in findings.items() if "chance_overlap" in finding.summary}
+        if overlapping:
+            figures["hessian_overlaps"] = spectrum_figures.overlaps(overlapping)
+        layered = {run: finding for run, finding in findings.items() if "blocks" in finding.summary}
+        if layered:
+            figures["hessian_blocks"] = spectrum_figures.blocks(layered)
+        return figures
 
     def headline(self, finding: study.Finding) -> dict[str, tables.Number]:
         """The largest eigenvalue."""
         return {"top Hessian eigenvalue": study.number(finding.summary["largest"], ".3g")}
 
     def tables(self, findings: Mapping[str, study.Finding]) -> dict[str, tables.Table]:
-        """One row a run."""
-        rows = [
-            (
-                run,
-                study.number(finding.summary["largest"], ".4g"),
-                study.number(finding.summary["smallest"], ".4g"),
-                study.number(finding.summary["ape"], ".4g"),
-                study.number(finding.summary["nep"], ".1%"),
-                tables.Number(finding.summary["converged"], format=".0%"),
-                tables.Number(finding.summary["median_relative_residual"], format=".1e"),
-                tables.Number(finding.summary["loss"]["value"], format=".3f"),
-                finding.summary["parameters"],
-            )
-            for run, finding in findings.items()
-        ]
-        return {
-            "hessian_spectrum": tables.Table(
-                f"Top {self.top} Hessian eigenvalues by magnitude",
-                (
-                    "run",
-                    "largest λ",
-                    "smallest of the top λ",
-                    "APE (mean positive λ)",
-                    "NEP (negative share)",
-                    "converged",
-                    "median relative residual",
-                    "loss (nats)",
-                    "parameters",
-                ),
-                rows,
-                f"{self.mini_batches} mini-batches of {self.batch} from the augmented training stream; loss NLL + L2; "
-                "BatchNorm with running statistics, dropout off. 95 % bootstrap intervals over mini-batches.",
-            )
-        }
+        """One row a run and phase."""
+        caption = (
+            f"{self.mini_batches} mini-batches of {self.batch} from the augmented training stream; loss NLL + L2; "
+            "BatchNorm with running statistics, dropout off. 95 % bootstrap intervals over mini-batches."
+        )
+        title = f"Top {self.top} Hessian eigenvalues by magnitude"
+        return {"hessian_spectrum": spectrum_tables.eigenvalues(findings, title=title, caption=caption)}
 
     def compare(self, first: study.Finding, second: study.Finding) -> list[study.Comparison]:
         """The difference of the largest eigenvalue, paired where both runs saw the same images in the same mini-batches."""
         left, right = study.pair(first, second)
         if len(left) < 2 or not np.array_equal(first.records["rows"][left], second.records["rows"][right]):
             return []
-        pair = [finding.records["eigenvalues"][rows].max(axis=1) for finding, rows in ((first, left), (second, right))]
-        difference = statistics.paired_difference(*pair, over="mini-batches")
-        test = statistics.sign_flip(*pair, over="mini-batches")
-        return [study.comparison("largest Hessian eigenvalue", difference, test, "+.3g")]
+        compared = []
+        for prefix, words in (("", ""), (_EARLY, ", early phase")):
+            key = f"{prefix}eigenvalues"
+            if key not in first.records or key not in second.records:
+                continue
+            pair = [finding.records[key][rows].max(axis=1) for finding, rows in ((first, left), (second, right))]
+            difference = statistics.paired_difference(*pair, over="mini-batches")
+            test = statistics.sign_flip(*pair, over="mini-batches")
+            compared.append(study.comparison(f"largest Hessian eigenvalue{words}", difference, test, "+.3g"))
+        return compared
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _value(loss: MeanLoss, classifier: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+def value(loss: MeanLoss, classifier: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean loss of a batch, compiled once for equal losses. One forward pass."""
     return loss(classifier.params, batch, classifier)
 
 
-def _ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
-    pooled = {run: np.sort(finding.records["eigenvalues"].ravel()) for run, finding in findings.items()}
-    everything = np.concatenate(list(pooled.values()))
-    sizes = np.abs(everything[everything != 0.0])
-    largest = sizes.max() if len(sizes) else 1.0
-    # Runs differ by orders of magnitude: linear near zero, logarithmic beyond, so that signs and tails both show.
-    smallest = max(np.quantile(sizes, 0.05) if len(sizes) else 1.0, largest * 1e-4)
-    width = 10.0 ** math.floor(math.log10(smallest))
-    low, high = np.arcsinh(everything.min() / width), np.arcsinh(everything.max() / width)
-    pad = 0.12 * max(high - low, 0.5)
-    grid = np.linspace(min(low, 0.0) - pad, high + pad, 400)
-    with plots.style():
-        figure, axes = plots.figure(len(pooled), 1, height=1.0 + 1.15 * len(pooled), share_x=True)
-        for index, (run, values) in enumerate(pooled.items()):
-            axis = axes[index, 0]
-            points = np.arcsinh(values / width)
-            color = plots.color(index)
-            if np.ptp(points) > 1e-6:
-                density = _density(points, grid)
-                axis.fill_between(np.sinh(grid) * width, density, color=color, alpha=0.25, linewidth=0)
-                axis.plot(np.sinh(grid) * width, density, color=color)
-                axis.set_ylim(-0.22 * density.max(), 1.12 * density.max())
-                axis.plot(values, np.full(len(values), -0.1 * density.max()), "|", color=color, alpha=0.8, markersize=7)
-            else:
-                axis.plot(values, np.zeros(len(values)), "|", color=color, markersize=9)
-            axis.axvline(0.0, color=plots.INK, linewidth=1.0, linestyle=(0, (4, 3)))
-            axis.set_xscale("asinh", linear_width=width)
-            decades = width * 10.0 ** np.arange(math.ceil(math.log10(largest / width)) + 1)
-            axis.xaxis.set_major_locator(ticker.FixedLocator([*-decades[::-1], 0.0, *decades]))
-            axis.xaxis.set_minor_locator(ticker.NullLocator())
-            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
-            axis.set_xlim(np.sinh(grid[0]) * width, np.sinh(grid[-1]) * width)
-            axis.set_yticks([])
-            axis.spines["left"].set_visible(False)
-            summary = findings[run].summary
-            axis.set_title(run, fontsize=10, pad=4)
-            axis.set_title(
-                f"negative {summary['nep']['value']:.0%}, mean positive {summary['ape']['value']:.3g}",
-                loc="right",
-                fontsize=9,
-                fontweight="normal",
-                pad=4,
-            )
-        axes[-1, 0].set_xlabel(f"Hessian eigenvalue of a mini-batch (top {_top(findings)} by magnitude)")
-    return figure
+@functools.lru_cache(maxsize=4)  # A mini-batch and the one before it, each in two phases.
+def _recent(
+    asked: HessianSpectrum, subject: study.Subject, step: int | None, index: int
+) -> tuple[curvature.Eigenvalues, dict[str, np.ndarray]]:
+    return asked._measure(subject, step, index)
 
 
-def _density(points: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Kernel density reflected at zero, so that smoothing moves no mass across the sign."""
-    width = 0.25 * max(points.std(), 1e-3)
-    kernels = scipy.stats.norm.pdf((grid[:, None] - points) / width) + scipy.stats.norm.pdf(
-        (grid[:, None] + points) / width
-    )
-    return np.where((grid[:, None] >= 0) == (points >= 0), kernels, 0.0).mean(axis=1) / width
-
-
-def _top(findings: Mapping[str, study.Finding]) -> int:
-    return max(finding.records["eigenvalues"].shape[1] for finding in findings.values())
+def _interval(values: np.ndarray) -> dict[str, Any]:
+    return dataclasses.asdict(statistics.mean(values, over="mini-batches"))

@@ -19,6 +19,21 @@ from robust_vit.metrics import statistics
 EXHIBIT = "exhibit/"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A run as it was at an earlier step of its training; called, it reads the parameters.
+
+    Attributes:
+      variables: reads all variable collections: the parameters, and running statistics where there are any.
+    """
+
+    variables: Callable[[], Mapping[str, Any]]
+
+    def __call__(self) -> Any:
+        """The parameters."""
+        return self.variables()["params"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
     """A model with everything that a study may ask of it.
@@ -38,7 +53,9 @@ class Subject:
       seed: of every draw that a study makes.
       mesh: the devices that share the work, or None for JAX's default device.
       rivals: name -> model of the other runs that tell the same classes apart (`introduce`).
-      history: training step -> a function that reads the parameters that the run had then, oldest first; may be empty.
+      history: training step -> a function that reads the parameters that the run had then, oldest first; may be empty. Those of
+        a run are `Snapshot`s of its milestones before the step that is judged.
+      warmup: steps of the warm-up that the run began with.
     """
 
     classifier: classifiers.Classifier | classifiers.Wrapped
@@ -56,6 +73,18 @@ class Subject:
     mesh: Mesh | None = None
     rivals: Mapping[str, classifiers.Classifier | classifiers.Wrapped] = dataclasses.field(default_factory=dict)
     history: Mapping[int, Callable[[], Any]] = dataclasses.field(default_factory=dict)
+    warmup: int = 0
+
+    def past(self, step: int) -> classifiers.Classifier | classifiers.Wrapped:
+        """The model as it was at a step of its history, with the running statistics of that step where they were kept."""
+        reader = self.history[step]
+        if isinstance(reader, Snapshot):
+            return self.classifier.replace(variables=reader.variables())
+        return self.classifier.with_params(reader())
+
+    def early(self) -> int | None:
+        """The first step of the history that has the warm-up behind it; None where there is none."""
+        return next((step for step in self.history if step >= self.warmup), None)
 
     def put(self, arrays: Any) -> Any:
         """Arrays `[examples, ...]` on the subject's devices, split over them; the same call on every process."""
@@ -147,6 +176,11 @@ class Study:
         """Why this study cannot be made of the subject, in one sentence; None where it can."""
         del subject
         return None
+
+    def looks_back(self, subject: Subject) -> tuple[int, ...]:
+        """The steps of the subject's history that its records depend on, so that others ask for new ones."""
+        del subject
+        return ()
 
     def chunks(self, subject: Subject) -> int:
         """How many chunks the work is cut into."""

@@ -110,3 +110,16 @@ def make_subject(*, seed=0, noise=0.25, examples=150, name="linear", scale=6.0):
         threat="noise/linf-0.1",
         weight_decay=0.01,
     )
+
+
+def linear_hessian(params, images):
+    """The Hessian of the cross-entropy of `linear`, mean over images, in float64: `J' (diag p - pp') J`, bias first."""
+    flat = np.asarray(images, np.float64).reshape(len(images), -1)
+    logits = flat @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"], np.float64)
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    total = 0.0
+    for pixels, p in zip(flat, shares, strict=True):
+        jacobian = np.kron(np.concatenate([[1.0], pixels])[None, :], np.eye(len(p)))
+        total += jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian
+    return total / len(flat)

@@ -9,10 +9,10 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import linear, make_subject
+from conftest import linear, linear_hessian, make_subject
 
 from robust_vit import classifier, errors, losses, studies
-from robust_vit.studies import hessian_spectrum
+from robust_vit.studies import identity, spectrum_figures
 
 TRACES = []
 
@@ -88,7 +88,7 @@ def test_negative_share_and_mean_positive_of_known_eigenvalues(subject):
 def test_smoothing_moves_no_mass_across_the_sign():
     grid = np.linspace(-30, 30, 6001)
     points = np.array([-2.0, 0.1, 0.2, 5.0])
-    density = hessian_spectrum._density(points, grid)
+    density = spectrum_figures._density(points, grid)
     step = grid[1] - grid[0]
     np.testing.assert_allclose(density.sum() * step, 1.0, atol=0.01)
     np.testing.assert_allclose(density[grid < 0].sum() * step, 0.25, atol=0.01)
@@ -114,3 +114,136 @@ def test_when_it_does_not_apply(subject):
         study.run(dataclasses.replace(subject, train=None))
     with pytest.raises(errors.UserError, match="mini_batches is 0"):
         studies.build("hessian_spectrum", mini_batches=0)
+
+
+SMALL = {"batch": 8, "mini_batches": 3, "top": 2, "rank": 20}
+
+
+def with_history(subject, *, scale=0.5, steps=(2, 5, 9), warmup=5):
+    """A subject whose weights at step `s` were `(scale + s / 100)` times what they are; reading is counted."""
+    reads = []
+
+    def reader(step):
+        def read():
+            reads.append(step)
+            return jax.tree.map(lambda leaf: (scale + step / 100) * leaf, subject.classifier.params)
+
+        return read
+
+    past = dataclasses.replace(subject, history={step: reader(step) for step in steps}, warmup=warmup)
+    return past, reads
+
+
+def test_the_early_phase_is_the_first_checkpoint_after_the_warm_up(subject):
+    past, reads = with_history(subject)
+    study = studies.build("hessian_spectrum", early=True, **SMALL)
+    assert study.looks_back(past) == (5,)
+    finding = study.run(past)
+    assert set(reads) == {5}
+    alone = studies.build("hessian_spectrum", **SMALL)
+    end = alone.run(past)
+    for name in end.records:
+        np.testing.assert_array_equal(end.records[name], finding.records[name])
+    then = dataclasses.replace(subject, classifier=subject.classifier.with_params(past.history[5]()))
+    early = alone.run(then)
+    np.testing.assert_array_equal(finding.records["early/eigenvalues"], early.records["eigenvalues"])
+    np.testing.assert_array_equal(finding.records["early/step"], 5)
+    summary = finding.summary
+    assert summary["early"]["step"] == 5
+    assert summary["early"]["nep"] == early.summary["nep"]
+    assert summary["early"]["ape"] == early.summary["ape"]
+    assert summary["nep"] == end.summary["nep"]
+    assert len(study.compare(finding, finding)) == 2
+    rows = study.tables({"run": finding})["hessian_spectrum"].rows
+    assert [row[1] for row in rows] == ["early (step 5)", "end"]
+    assert study.passes(past) == tuple(2 * number for number in alone.passes(past))
+
+
+def test_running_statistics_are_those_of_the_step():
+    def normed(variables, images):
+        return linear(variables["params"], images) / variables["statistics"]
+
+    model = classifier.Classifier(
+        {"params": {"w": jnp.ones(1)}, "statistics": jnp.float32(2.0)}, module=None, spec=None
+    )
+    then = {"params": {"w": jnp.zeros(1)}, "statistics": jnp.float32(7.0)}
+    subject = dataclasses.replace(make_subject(), classifier=model, history={3: studies.Snapshot(lambda: then)})
+    assert subject.past(3).variables is then
+    assert subject.history[3]() is then["params"]
+    plain = dataclasses.replace(subject, history={3: lambda: then["params"]})
+    assert plain.past(3).variables["statistics"] == 2.0
+    assert dataclasses.replace(subject, warmup=4).early() is None
+
+
+def test_without_a_checkpoint_of_the_early_phase_it_says_so(subject):
+    study = studies.build("hessian_spectrum", early=True, **SMALL)
+    finding = study.run(subject)
+    assert "early" not in finding.summary
+    assert any("kept no checkpoint after its warm-up" in caveat for caveat in finding.summary["caveats"])
+    assert study.looks_back(subject) == ()
+    later, _ = with_history(subject)
+    assert identity.difference(identity.asked(study, subject), identity.asked(study, later)) == "history"
+    # What is off is no setting, so that results from before there was one are still the answer.
+    plain = studies.build("hessian_spectrum", **SMALL)
+    assert not {"early", "overlaps", "blocks"} & plain.settings().keys()
+    assert "history" not in identity.asked(plain, later)
+    assert study.settings()["early"] is True
+
+
+def test_overlaps_are_those_of_dense_eigenvectors_and_the_same_after_a_resume(subject):
+    past, _ = with_history(subject, scale=0.1)
+    study = studies.build("hessian_spectrum", early=True, overlaps=True, **SMALL)
+    finding = study.run(past)
+    again = study.chunk(past, 1)
+    for name, value in again.items():
+        np.testing.assert_array_equal(value[0], finding.records[name][1])
+    spaces = {}
+    for phase, scale in (("early", 0.15), ("end", 1.0)):
+        for index in range(2):
+            params = jax.tree.map(lambda leaf, scale=scale: scale * leaf, subject.classifier.params)
+            values, vectors = np.linalg.eigh(linear_hessian(params, subject.train.images[8 * index : 8 * index + 8]))
+            spaces[phase, index] = vectors[:, np.argsort(-np.abs(values))[:2]]
+
+    def overlap(first, second):
+        return np.sum((first.T @ second) ** 2) / 2
+
+    assert np.isnan(finding.records["overlap"][0])
+    records = finding.records
+    # Ritz vectors are as exact as residual over gap: measured 2e-4.
+    for found, expected in (
+        (records["overlap"][1], overlap(spaces["end", 0], spaces["end", 1])),
+        (records["early/overlap"][1], overlap(spaces["early", 0], spaces["early", 1])),
+        (records["early/overlap_with_end"][1], overlap(spaces["early", 1], spaces["end", 1])),
+    ):
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+        assert 0.02 < expected < 0.98
+    summary = finding.summary
+    assert summary["chance_overlap"] == 2 / summary["parameters"]
+    np.testing.assert_allclose(summary["overlap"]["value"], records["overlap"][1:].mean())
+    assert "hessian_overlaps" in study.figures({"run": finding})
+    assert "overlap" in study.tables({"run": finding})["hessian_spectrum"].columns[6]
+
+
+def test_blocks_are_those_of_the_dense_hessian(subject):
+    study = studies.build("hessian_spectrum", blocks=True, batch=8, mini_batches=2, top=2, rank=30)
+    finding = study.run(subject)
+    assert list(finding.records["exhibit/blocks"]) == ["bias", "kernel"]
+    dense = linear_hessian(subject.classifier.params, subject.train.images[8:16])
+    for place, block in enumerate((dense[:3, :3], dense[3:, 3:])):
+        # Lanczos stops at a relative residual of 1e-2, which is squared in the value.
+        expected = np.linalg.eigvalsh(block).max() + 0.01
+        np.testing.assert_allclose(finding.records["blocks/values"][1, place], expected, rtol=1e-3)
+    assert set(finding.summary["blocks"]) == {"bias", "kernel"}
+    assert "hessian_blocks" in study.figures({"run": finding})
+    forward, _ = study.passes(subject)
+    assert forward == 2 * (8 + 3 * 2 * 30 * 8)
+
+
+def test_the_plan_holds_every_phase_and_block(subject):
+    past, reads = with_history(subject)
+    study = studies.build("hessian_spectrum", early=True, blocks=True, **SMALL)
+    plain = studies.build("hessian_spectrum", **SMALL)
+    spectrum, *_, value = study.programs(past)
+    assert [one.times for one in (spectrum, value)] == [2 * one.times for one in plain.programs(past)]
+    assert study.programs(past)[1].times == 2 * spectrum.times
+    assert reads == []

@@ -21,6 +21,7 @@ SMALL = {
     "certificate": {"batch": 16, "examples": 40, "steps": 2, "estimation": 30, "selection": 10, "samples": 10},
     "loss_progression": {"batch": 16, "examples": 40, "steps": 2},
     "transfer": {"batch": 16, "examples": 40, "steps": 2},
+    "hessian_density": {"batch": 16, "probes": 2, "rank": 8},
     "hessian_spectrum": {"mini_batches": 2, "rank": 8, "top": 2},
     "input_curvature": {"batch": 16, "examples": 40, "rank": 8},
     "sharpness": {"batch": 8, "mini_batches": 2, "radii": (0.1,), "spreads": (0.1,), "steps": 4, "pairs": 2, "rank": 8},

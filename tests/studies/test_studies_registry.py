@@ -21,6 +21,7 @@ SETTINGS = {
     "certificate": {"batch": 32, "examples": 60, "estimation": 100, "selection": 20, "radii": (0.2, 0.5), "steps": 2},
     "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
     "transfer": {"batch": 64, "examples": 100, "steps": 3},
+    "hessian_density": {"batch": 16, "probes": 3, "rank": 12},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
     "input_curvature": {"batch": 64, "examples": 100, "rank": 12, "exhibits": 2},
     "sharpness": {
@@ -125,7 +126,7 @@ def test_figures_tables_and_comparisons_from_what_was_read_back(name, findings, 
         np.testing.assert_allclose(forth.difference, -back.difference)
         assert 0 <= forth.p_value <= 1
         assert forth.low <= forth.difference <= forth.high
-        assert forth.over in ("images", "mini-batches")
+        assert forth.over in ("images", "mini-batches", "probes")
     same = study.compare(read["first"], read["first"])
     assert all(entry.difference == 0 and entry.p_value == 1.0 for entry in same)
     assert study.headline(read["first"])
