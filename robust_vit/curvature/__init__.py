@@ -9,7 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, power, products, traces
+from robust_vit.curvature import (
+    batches,
+    densities,
+    directions,
+    estimates,
+    jacobians,
+    krylov,
+    landscapes,
+    operators,
+    power,
+    products,
+    traces,
+)
 
 OPERATORS = {
     "hessian": "robust_vit.curvature.products:hessian",
@@ -23,22 +35,29 @@ Eigenvalues = krylov.Eigenvalues
 Estimate = estimates.Estimate
 Jacobian = jacobians.Jacobian
 Operator = operators.Operator
+Trajectory = directions.Trajectory
 asymmetry = operators.asymmetry
 density = densities.density
 diagonal = traces.diagonal
 fisher = products.fisher
 frobenius = traces.frobenius
 gauss_newton = products.gauss_newton
+grid = landscapes.grid
 hessian = products.hessian
 indeterminism = operators.indeterminism
 input_hessian = products.input_hessian
 jacobian = jacobians.jacobian
 lanczos = krylov.lanczos
+landscape = landscapes.landscape
 linearise = batches.linearise
+normalise_directions = directions.normalise
+offsets = landscapes.offsets
 power_iteration = power.power_iteration
 programs = krylov.planned
+random_directions = directions.random
 stream = batches.stream
 trace = traces.trace
+trajectory = directions.trajectory
 
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:

@@ -24,6 +24,7 @@ STUDIES = {
     "calibration": "robust_vit.studies.calibration:Calibration",
     "certificate": "robust_vit.studies.certificate:Certificate",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
+    "loss_landscape": "robust_vit.studies.loss_landscape:LossLandscape",
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
     "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",
     "physical_attack": "robust_vit.studies.physical_attack:PhysicalAttack",
