@@ -105,7 +105,14 @@ def random(
         raise errors.UserError(f"count is {count}: expected at least 1 direction.")
     _check(params, normalisation, vectors, still)
     rule = _Rule(normalisation, vectors, still, axes)
-    return _random(key, params, count, rule, orthogonal, _placement(params))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count, dtype=jnp.uint32))
+    leaves, structure = jax.tree.flatten(params)
+    placed = _placement(params) or (None,) * len(leaves)
+    seeds = jax.vmap(probes.seeds, in_axes=(0, None), out_axes=1)(keys, params)
+    pieces = zip(trees.paths(params), leaves, seeds, placed, strict=True)
+    found = [_drawn(seed, leaf, rule(path, leaf), sharding) for path, leaf, seed, sharding in pieces]
+    found = jax.tree.unflatten(structure, found)
+    return _orthogonal(found) if orthogonal else found
 
 
 def shapes(params: PyTree, count: int) -> PyTree:
@@ -156,7 +163,9 @@ def normalise(
     """
     _check(params, normalisation, vectors, still)
     check(directions, params)
-    return _normalise(directions, params, _Rule(normalisation, vectors, still, axes))
+    rule = _Rule(normalisation, vectors, still, axes)
+    how = trees.map_with_path(rule, params)
+    return jax.tree.map(lambda leaf, rows, how: _scaled(rows, leaf, how), params, directions, how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,33 +255,53 @@ def check(directions: PyTree, params: PyTree) -> int:
     return counts.pop()
 
 
+# What becomes of a parameter's direction: at rest, as it is, the weights themselves, or scaled by the norms over these axes.
+_REST, _KEEP, _COPY = "rest", "keep", "copy"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """How a leaf of a direction is scaled; a part of the compiled program's key."""
+    """How each leaf of a direction is scaled."""
 
     normalisation: str
     vectors: str
     still: str | None
     axes: Callable[[str, Any], Axes | None]
 
-    def __call__(self, path: str, rows: jax.Array, leaf: jax.Array) -> jax.Array:
-        """`rows` is `[count, *leaf]`."""
+    def __call__(self, path: str, leaf: Any) -> str | tuple[int, ...]:
         if self.still is not None and re.search(self.still, path):
-            return jnp.zeros_like(rows)
+            return _REST
         if self.normalisation == "none":
-            return rows
+            return _KEEP
         found = self.axes(path, leaf)
-        if found is None:
-            if self.vectors == "zero":
-                return jnp.zeros_like(rows)
-            if self.vectors == "copy":
-                return jnp.broadcast_to(leaf[None].astype(rows.dtype), rows.shape)
-            over = tuple(range(1 if _STACKED.search(path) else 0, leaf.ndim))
-        else:
-            over = found.inputs if self.normalisation == "li2018" else found.outputs
-        lengths = _norm(rows, tuple(axis + 1 for axis in over))
-        ratio = _norm(leaf, over)[None] / jnp.where(lengths > 0, lengths, 1.0)
-        return (rows * ratio).astype(rows.dtype)
+        if found is not None:
+            return tuple(found.inputs if self.normalisation == "li2018" else found.outputs)
+        if self.vectors == "scale":
+            return tuple(range(1 if _STACKED.search(path) else 0, leaf.ndim))
+        return _REST if self.vectors == "zero" else _COPY
+
+
+# One leaf at a time: a model has few shapes beside its many leaves, and each is compiled once.
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _scaled(rows: jax.Array, leaf: jax.Array, how: str | tuple[int, ...]) -> jax.Array:
+    """The rows `[count, *leaf]` as the rule says."""
+    if how == _REST:
+        return jnp.zeros_like(rows)
+    if how == _KEEP:
+        return rows
+    if how == _COPY:
+        return jnp.broadcast_to(leaf[None].astype(rows.dtype), rows.shape)
+    lengths = _norm(rows, tuple(axis + 1 for axis in how))
+    return (rows * (_norm(leaf, how)[None] / jnp.where(lengths > 0, lengths, 1.0))).astype(rows.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _drawn(seeds: jax.Array, leaf: jax.Array, how: str | tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    """Normal rows `[count, *leaf]` of the seeds `[count, 2]`, as the rule says."""
+    rows = _scaled(jax.vmap(probes.normal, in_axes=(0, None))(seeds, leaf), leaf, how)
+    return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
 
 
 def _norm(leaf: jax.Array, over: tuple[int, ...]) -> jax.Array:
@@ -289,41 +318,18 @@ def _check(params: PyTree, normalisation: str, vectors: str, still: str | None) 
         subsets.select(params, still)
 
 
-def _scaled(directions: PyTree, params: PyTree, rule: _Rule) -> PyTree:
-    leaves, structure = jax.tree.flatten(params)
-    rows = jax.tree.leaves(directions)
-    return jax.tree.unflatten(structure, map(rule, trees.paths(params), rows, leaves))
-
-
-_normalise = jax.jit(_scaled, static_argnums=2)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _random(
-    key: jax.Array,
-    params: PyTree,
-    count: int,
-    rule: _Rule,
-    orthogonal: bool,
-    placement: tuple[NamedSharding, ...] | None,
-) -> PyTree:
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count, dtype=jnp.uint32))
-    drawn = jax.vmap(probes.normal, in_axes=(0, None))(keys, params)
-    found = _scaled(drawn, params, rule)
-    if orthogonal:
-        lengths = jnp.stack([trees.norm(jax.tree.map(lambda rows, i=i: rows[i], found)) for i in range(count)])
-        found = _signed(bases.orthonormal(found), lengths)
-    if placement is None:
-        return found
-    return jax.lax.with_sharding_constraint(found, jax.tree.unflatten(jax.tree.structure(params), placement))
-
-
 def _placement(params: PyTree) -> tuple[NamedSharding, ...] | None:
     """Where rows lie whose parameters lie on a mesh: as these, with the leading axis whole."""
     placed = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
     if not all(isinstance(one, NamedSharding) for one in placed):
         return None
     return tuple(NamedSharding(one.mesh, PartitionSpec(None, *one.spec)) for one in placed)
+
+
+@jax.jit
+def _orthogonal(rows: PyTree) -> PyTree:
+    lengths = jnp.sqrt(jnp.diag(bases.products(rows, rows)))
+    return _signed(bases.orthonormal(rows), lengths)
 
 
 @jax.jit

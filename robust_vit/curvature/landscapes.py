@@ -27,7 +27,7 @@ def grid(*axes: Float[np.ndarray, " offsets"]) -> Float[np.ndarray, "points axes
 
 
 def offsets(low: float, high: float, points: int) -> Float[np.ndarray, " points"]:
-    """Equal steps from about `low` to about `high` with zero among them, exactly, so that the weights themselves are sampled.
+    """Equal steps from `low` or less to `high` or more, with zero among them, exactly: the weights themselves.
 
     Raises:
       UserError: fewer than 3 points, or zero does not lie between.
@@ -36,10 +36,10 @@ def offsets(low: float, high: float, points: int) -> Float[np.ndarray, " points"
         raise errors.UserError(
             f"{points} points from {low:g} to {high:g}: expected at least 3, and zero, the weights themselves, between the ends."
         )
-    before = round((points - 1) * -low / (high - low))
-    before = min(max(before, 1), points - 2)
-    # The larger step of both sides', so that neither end is cut off.
-    step = max(-low / before, high / (points - 1 - before))
+    # The smallest step that reaches both ends, of the two ways to put zero on the grid.
+    share = (points - 1) * -low / (high - low)
+    places = {min(max(place, 1), points - 2) for place in (math.floor(share), math.ceil(share))}
+    step, before = min((max(-low / place, high / (points - 1 - place)), place) for place in places)
     return step * np.arange(-before, points - before)
 
 

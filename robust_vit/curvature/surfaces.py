@@ -9,7 +9,8 @@ from jaxtyping import Float
 
 from robust_vit import errors
 
-_FIVE = np.array([-1.0, 16.0, -30.0, 16.0, -1.0]) / 12.0
+# Twice the leading coefficient of the parabola through, or nearest to, so many equally spaced values.
+_FIVE = np.array([2.0, -1.0, -2.0, -1.0, 2.0]) / 7.0
 _THREE = np.array([1.0, -2.0, 1.0])
 
 
@@ -40,7 +41,8 @@ def curvature(
 ) -> Float[np.ndarray, "*leading axes"]:
     """The second derivative at the centre along each axis, `[..., axes]`, in the values' unit over the coordinates' squared.
 
-    By the central difference of five points, exact for polynomials up to degree five; of three where there are no five.
+    That of the parabola fitted to the five points about the centre, or to three where there are no five: the curvature at the
+    scale of the grid's step, which at a kink or in a bump narrower than the step is not that of the Hessian.
     """
     found = []
     for line, axis, start in _through_the_centre(values, axes):
@@ -100,8 +102,8 @@ def radius(
         first = np.argmax(high, axis=-1)[..., None]
         before = np.maximum(first - 1, 0)
         left, right = (np.take_along_axis(ray, each, axis=-1) for each in (before, first))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share = np.where(np.isfinite(right), (level - left) / (right - left), 0.0)
+        between = np.isfinite(right) & (right > left)
+        share = np.divide(level - left, right - left, out=np.zeros_like(right), where=between)
         crossing = distances[before] + share * (distances[first] - distances[before])
         found.append(np.where(high.any(axis=-1), crossing[..., 0], np.inf))
     return np.min(found, axis=0)
@@ -123,8 +125,9 @@ def negative_share(
     for place in range(-len(axes), 0):
         with np.errstate(invalid="ignore"):
             second = np.diff(values, n=2, axis=place)
-            negative = negative + np.sum(second < -noise, axis=tuple(range(-len(axes), 0)))
-        total = total + np.sum(np.isfinite(second), axis=tuple(range(-len(axes), 0)))
+        finite, over = np.isfinite(second), tuple(range(-len(axes), 0))
+        negative = negative + np.sum(finite & (second < -noise), axis=over)
+        total = total + np.sum(finite, axis=over)
     return negative / np.maximum(total, 1)
 
 
@@ -147,7 +150,8 @@ def roughness(
             share = np.where(spread > 0, (variation - needed) / np.where(spread > 0, spread, 1.0), 0.0)
         finite = np.isfinite(lines).all(axis=-1)
         over = tuple(range(-(len(axes) - 1), 0))
-        total = total + np.where(finite, np.maximum(share, 0.0), 0.0).sum(axis=over)
+        # What float64 leaves of a line without a bump is none.
+        total = total + np.where(finite & (share > 1e-12), share, 0.0).sum(axis=over)
         count = count + finite.sum(axis=over)
     return total / np.maximum(count, 1)
 

@@ -15,14 +15,16 @@ from mpl_toolkits import mplot3d
 from robust_vit import plots
 from robust_vit.studies import landscape_numbers, study
 
-_MAP = "viridis"
+# Without its brightest tenth, on which white lines would not be seen.
+_MAP = colors.ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
+_DARK = "#20242a"  # Text on a white ground of its own, whatever the page's.
 _COLUMNS = 3  # Panels side by side at the width of a page.
 _DECADES = 4.0  # That colours and heights span at most, down from the highest loss.
 
 
 def contours(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
     """The loss in the first plane of each run from above, with the checkpoints of a trajectory."""
-    grids = {run: landscape_numbers.surface(finding.records) for run, finding in findings.items()}
+    grids = {run: _grid(finding) for run, finding in findings.items()}
     levels = _levels(grids)
     norm = colors.LogNorm(levels[0], levels[-1])
     rows, columns = _layout(len(grids))
@@ -47,7 +49,7 @@ def contours(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             axis.set_ylim(y[0], y[-1])
         mapped = matplotlib.cm.ScalarMappable(norm=norm, cmap=_MAP)
         bar = figure.colorbar(mapped, ax=list(axes.ravel()[: len(grids)]), shrink=0.9, pad=0.02, aspect=28)
-        bar.set_label("loss (NLL + L2, nats)")
+        bar.set_label(_quantity(findings))
         _nats(bar.ax.yaxis)
         bar.outline.set_visible(False)
     return figure
@@ -55,7 +57,7 @@ def contours(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
 
 def surfaces(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
     """The loss in the first plane of each run as a surface; heights are logarithmic and the same for all."""
-    grids = {run: landscape_numbers.surface(finding.records) for run, finding in findings.items()}
+    grids = {run: _grid(finding) for run, finding in findings.items()}
     levels = _levels(grids)
     low, high = np.log10(levels[0]), np.log10(levels[-1])
     rows, columns = _layout(len(grids))
@@ -100,7 +102,7 @@ def surfaces(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
 
 def profiles(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
     """The loss along each axis through the weights, one panel an axis, one colour a run, one line a plane."""
-    grids = {run: landscape_numbers.surface(finding.records) for run, finding in findings.items()}
+    grids = {run: _grid(finding) for run, finding in findings.items()}
     count = max(len(grid.axes) for grid in grids.values())
     with plots.style():
         figure, panels = plots.figure(1, count, width=max(3.9 * count, 5.4), height=3.4, share_y=True)
@@ -122,10 +124,21 @@ def profiles(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             axis.set_yscale("log")
             _nats(axis.yaxis)
             axis.axvline(0.0, color=plots.INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
-            axis.set_xlabel(_labels(next(iter(findings.values())))[number])
-        panels[0, 0].set_ylabel("loss (NLL + L2, nats)")
+            labels = [_labels(finding)[number] for finding in findings.values()]
+            # Numbers of one run do not stand for all.
+            axis.set_xlabel(labels[0] if len(set(labels)) == 1 else _plain_label(findings, number))
+        panels[0, 0].set_ylabel(_quantity(findings))
         plots.legend(panels[0, 0], loc="best")
     return figure
+
+
+def _grid(finding: study.Finding) -> landscape_numbers.Surface:
+    return landscape_numbers.surface(finding.records, l2=finding.settings["l2"])
+
+
+def _quantity(findings: Mapping[str, study.Finding]) -> str:
+    l2 = next(iter(findings.values())).settings["l2"]
+    return f"loss ({'NLL + L2' if l2 else 'NLL'}, nats)"
 
 
 def _lines(grid: landscape_numbers.Surface, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -148,10 +161,11 @@ def _trajectory(axis: matplotlib_axes.Axes, records: Mapping[str, np.ndarray]) -
         axis.annotate(
             f"step {steps[place]}",
             points[place, :2],
-            xytext=(5, 5),
+            xytext=(6, 6),
             textcoords="offset points",
-            color="white",
+            color=_DARK,
             fontsize=7.5,
+            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.2},
         )
 
 
@@ -175,6 +189,11 @@ def _labels(finding: study.Finding) -> list[str]:
         values = [f"{value:.3g}".replace("-", "−") for value in summary["eigenvalues"]]
         return [f"eigenvector of {values[number]} ({unit})" for number in range(count)]
     return [f"random direction {number + 1} ({unit})" for number in range(count)]
+
+
+def _plain_label(findings: Mapping[str, study.Finding], number: int) -> str:
+    plane = next(iter(findings.values())).settings["plane"]
+    return f"{'component' if plane == 'trajectory' else 'eigenvector'} {number + 1} (distance in the weights)"
 
 
 def _layout(count: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ class Surface:
     Attributes:
       axes: the offsets along each axis.
       losses: NLL of each image, `[planes, *grid, images]`.
-      l2: the L2 term, `[planes, *grid]`.
+      l2: the L2 term, `[planes, *grid]`; zero where it was not asked for.
       accuracy: share of the images that are classified rightly, `[planes, *grid]`.
     """
 
@@ -33,7 +33,7 @@ class Surface:
 
     @property
     def loss(self) -> np.ndarray:
-        """NLL + L2 in the mean over images, `[planes, *grid]`."""
+        """The mean over images, with the L2 term where it was asked for, `[planes, *grid]`."""
         return self.losses.mean(axis=-1, dtype=np.float64) + self.l2
 
     @property
@@ -43,8 +43,8 @@ class Surface:
         return ends[0][1] if all(np.isclose(end, ends[0][1]) for pair in ends for end in pair) else None
 
 
-def surface(records: Mapping[str, np.ndarray]) -> Surface:
-    """The records by plane and place."""
+def surface(records: Mapping[str, np.ndarray], *, l2: bool) -> Surface:
+    """The records by plane and place, with the L2 term or without."""
     coordinates, planes = records["coordinates"], records["plane"]
     axes = tuple(np.unique(coordinates[:, axis]) for axis in range(coordinates.shape[1]))
     shape = (len(np.unique(planes)), *map(len, axes))
@@ -52,7 +52,7 @@ def surface(records: Mapping[str, np.ndarray]) -> Surface:
     return Surface(
         axes,
         records["example_loss"][order].reshape(*shape, -1),
-        records["l2"][order].reshape(shape),
+        records["l2"][order].reshape(shape) if l2 else np.zeros(shape),
         records["accuracy"][order].reshape(shape),
     )
 
@@ -66,13 +66,10 @@ def summary(surface: Surface) -> dict[str, Any]:
     finite = np.isfinite(loss)
     at_centre = surfaces.centre(loss, axes)[0]
     noise = 16 * np.finfo(np.float32).eps * np.abs(loss[finite]).max() if finite.any() else 0.0
-    furthest = min(min(-axis[0], axis[-1]) for axis in axes)
     found: dict[str, Any] = {
         "loss": _plain(
             statistics.mean(_centre_losses(surface) + float(surfaces.centre(surface.l2, axes)[0]), draws=_DRAWS)
         ),
-        "nll": _plain(statistics.mean(_centre_losses(surface), draws=_DRAWS)),
-        "l2": float(surfaces.centre(surface.l2, axes)[0]),
         "accuracy": float(surfaces.centre(surface.accuracy, axes)[0]),
         "finite": float(finite.mean()),
         "grid": [len(axis) for axis in axes],
@@ -84,15 +81,15 @@ def summary(surface: Surface) -> dict[str, Any]:
         _estimate(surface, lambda values, axis=axis: surfaces.curvature(values, axes)[..., axis])
         for axis in range(len(axes))
     ]
-    half = None if surface.symmetric is None else surface.symmetric / 2
+    half = None if surface.symmetric is None else float(surface.symmetric) / 2
     found["rise"] = None if half is None else _estimate(surface, lambda values: surfaces.rise(values, axes, half))
     found["rise_at"] = half
     found["radius"] = None
-    if at_centre > 0:
-        # Capped where the shortest way ends, so that what is never reached is not left out of means.
-        found["radius"] = _estimate(surface, lambda values: np.minimum(surfaces.radius(values, axes), furthest))
-        found["radius"]["reached"] = float(np.mean(surfaces.radius(loss, axes) < furthest))
-        found["radius"]["limit"] = float(furthest)
+    if surface.symmetric is not None and at_centre > 0:
+        # Capped where the axes end, so that what is never reached is not left out of means.
+        limit = float(surface.symmetric)
+        found["radius"] = _estimate(surface, lambda values: np.minimum(surfaces.radius(values, axes), limit))
+        found["radius"] |= {"reached": float(np.mean(surfaces.radius(loss, axes) < limit)), "limit": limit}
     found["negative"] = _estimate(surface, lambda values: surfaces.negative_share(values, axes, noise))
     found["roughness"] = _estimate(surface, lambda values: surfaces.roughness(values, axes))
     return found

@@ -17,7 +17,7 @@ from robust_vit.studies import study
 PLANES = ("random", "eigenvectors", "trajectory")
 _CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
 _MARGIN = 0.2  # Of a trajectory's extent, beyond it on each side.
-_RISE = 4.0  # Nats that the parabola of the largest eigenvalue rises by up to the end of an axis.
+_RISE = 1.0  # Nats that the parabola of the largest eigenvalue rises by up to the end of an axis.
 
 
 class Plane(NamedTuple):
@@ -55,7 +55,7 @@ def eigenvectors(
     rank: int,
     tolerance: float,
 ) -> Plane:
-    """The eigenvectors of the largest eigenvalues by magnitude; without a span, as far as the parabola rises by `_RISE` nats."""
+    """The eigenvectors of the largest eigenvalues by magnitude; without a span, as far as the parabola rises by one nat."""
     eigen = curvature.lanczos(
         operator,
         key,

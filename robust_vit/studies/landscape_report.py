@@ -39,7 +39,7 @@ def table(findings: Mapping[str, study.Finding], settings: Mapping[str, Any]) ->
     columns = (
         "run",
         "loss at the weights (nats)",
-        "of it L2",
+        "L2 there",
         "accuracy there",
         *(f"curvature, axis {axis + 1}" for axis in range(settings["dimensions"])),
         "rise half way to the edge",
@@ -55,10 +55,10 @@ def table(findings: Mapping[str, study.Finding], settings: Mapping[str, Any]) ->
         f"Loss landscape: {_PLANES[settings['plane']]}{normalisation}",
         columns,
         rows,
-        f"{settings['examples']} training images as augmented; {settings['points']} points along each axis; coordinates in "
-        f"units of {unit}. Curvature: second difference at the "
-        "weights. Roughness: how far the lines of the grid go up and down beyond one valley, over their range. 95 % bootstrap "
-        f"intervals over {'images' if settings['draws'] == 1 else 'planes; of the loss over images'}.",
+        f"Loss: {'NLL + L2' if settings['l2'] else 'NLL'} of {settings['examples']} training images as augmented. "
+        f"{settings['points']} points along each axis, in units of {unit}. Curvature: of the parabola fitted to the five points "
+        "about the weights. Roughness: how far the lines of the grid go up and down beyond one valley, over their range. 95 % "
+        f"bootstrap intervals over {'images' if settings['draws'] == 1 else 'planes; of the loss over images'}.",
     )
 
 
@@ -67,6 +67,12 @@ def caveats(settings: Mapping[str, Any], numbers: Mapping[str, Any], exhibits: M
     found = []
     if settings["plane"] == "random":
         found.append(_of_draws(settings["draws"]))
+    total = numbers["loss"]["value"]
+    if settings["l2"] and numbers["l2"] > 0.5 * total:
+        found.append(
+            f"{numbers['l2'] / total:.0%} of the loss at the weights is the L2 term, whose landscape is a bowl of its own: look "
+            "at the NLL (l2=False) too, above all where weight decay is decoupled (AdamW) and in no loss."
+        )
     if numbers["finite"] < 1:
         found.append(f"The loss is not finite in {1 - numbers['finite']:.1%} of the points; they are left out.")
     radius = numbers["radius"]

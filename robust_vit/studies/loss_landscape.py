@@ -54,19 +54,20 @@ class ExampleLosses:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossLandscape(study.Study):
-    """NLL + L2 on a grid of weights around those that were trained, along a line or in a plane.
+    """The training loss on a grid of weights around those that were trained, along a line or in a plane.
 
     Two protocols. Li et al. 2018 (arXiv 1712.09913, figures 1 and 5): random directions whose filters have the norms of the
     weights' filters, biases and norms' scales at rest, 51 x 51 points on [-1, 1]²; and, section 7, the plane of the principal
     components of the training trajectory. Park & Kim 2022 (arXiv 2202.06709, figure 1a; `losslandscape.ipynb`):
-    `normalisation="park2022"` (`curvature.normalise_directions` says what it is), 21 x 21 points, and NLL + L2 on the *augmented
-    training images*, which is what is looked at here. The point (0, 0) is the weights themselves, to the bit. BatchNorm uses its
-    running statistics, dropout is off.
+    `normalisation="park2022"` (`curvature.normalise_directions` says what it is), 21 x 21 points, and `l2=True`: NLL + L2 on the
+    *augmented training images*, which are what is looked at here. The point (0, 0) is the weights themselves, to the bit.
+    BatchNorm uses its running statistics, dropout is off.
 
     Departures: a part of the training images in place of all, the same in every point; mixed labels (mixup, cutmix) are left out.
     The L2 term is weight decay / 2 · |θ|² over all parameters, exactly: how-do-vits-work plots weight decay · Σ|θ_i|₂ over
-    tensors, norms and not their squares. Under `park2022` tables of positions rest, as there. Random directions are not made
-    orthogonal, as published.
+    tensors, norms and not their squares. Of decoupled decay (AdamW), which is in no loss, it can be most of the picture: hence
+    it is recorded always, and drawn where asked for. Under `park2022` tables of positions rest, as there. Random directions are
+    not made orthogonal, as published.
 
     Coordinates of random directions are in units of the filters' norms, so that runs can be compared; of eigenvectors and of
     trajectories they are distances in the weights, which runs of other scales do not share.
@@ -77,11 +78,12 @@ class LossLandscape(study.Study):
       dimensions: 1 or 2.
       points: along each axis; an odd number, but for a trajectory.
       span: of each axis to both sides; None is 1 for random directions and normalised eigenvectors; for eigenvectors as they are,
-        as far as the parabola of the largest rises by 4 nats; for a trajectory what holds it.
+        as far as the parabola of the largest rises by one nat; for a trajectory what holds it.
       draws: random lines or planes.
       normalisation: `li2018`, `park2022` or `none`; None is `li2018` for random directions and `none` for others.
       vectors: what biases and norms' scales do under a normalisation: `zero`, `scale` or `copy`
         (`curvature.normalise_directions`).
+      l2: add the L2 term to what is drawn and counted; the records have it anyway.
       examples: training images, the first of the stream.
       microbatch: images a compiled step; or "auto", as many as the device has use and memory for.
       block: points a chunk, spread over the devices; a chunk that was finished is not lost.
@@ -99,12 +101,12 @@ class LossLandscape(study.Study):
     )
     captions: ClassVar[Mapping[str, str]] = {
         "contours": (
-            "Loss (NLL + L2) of training images in a plane through the weights, which are the cross. One scale of colours for "
+            "Loss of training images in a plane through the weights, which are the cross. One scale of colours for "
             "all runs, logarithmic; a line is a level, named in nats. Where there is a trajectory, dots are the run's "
             "checkpoints, seen from above: they need not lie in the plane"
         ),
         "surface": "The same as surfaces, on one logarithmic scale of heights",
-        "profiles": "Loss (NLL + L2) along the axes through the weights, which are at zero; of several draws each is a line",
+        "profiles": "Loss along the axes through the weights, which are at zero; of several draws each is a line",
     }
     automatic: ClassVar[str] = "microbatch"
 
@@ -115,6 +117,7 @@ class LossLandscape(study.Study):
     draws: int = 1
     normalisation: str | None = None
     vectors: str = "zero"
+    l2: bool = False
     examples: int = 256
     microbatch: int | str = 64
     block: int = 63
@@ -307,7 +310,8 @@ class LossLandscape(study.Study):
 
     def summarise(self, records: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """See `landscape_numbers.summary`; and of the plane what it is known for."""
-        numbers = landscape_numbers.summary(landscape_numbers.surface(records))
+        numbers = landscape_numbers.summary(landscape_numbers.surface(records, l2=self.l2))
+        numbers["l2"] = float(records["l2"][(records["coordinates"] == 0).all(axis=1)][0])
         exhibits = {
             name.removeprefix(study.EXHIBIT): value for name, value in records.items() if name.startswith(study.EXHIBIT)
         }
@@ -351,7 +355,7 @@ class LossLandscape(study.Study):
         comparable = self.plane == "random" and self._normalisation != "none"
         if not comparable or not len(left) or not alike or self.examples < 2:
             return []
-        grids = [landscape_numbers.surface(finding.records) for finding in (first, second)]
+        grids = [landscape_numbers.surface(finding.records, l2=False) for finding in (first, second)]
         axes, half = grids[0].axes, grids[0].symmetric / 2
         quantities = {
             f"rise of the NLL at {half:.3g} along random directions": lambda values: surfaces.rise(values, axes, half),
