@@ -139,7 +139,9 @@ def _real_parameters():
 
 def test_each_output_filter_of_the_direction_has_the_norm_of_the_weights():
     params = _real_parameters()
-    rows = curvature.random_directions(KEY, params, count=2)
+    generator = np.random.default_rng(1)
+    drawn = jax.tree.map(lambda leaf: generator.normal(size=(2, *leaf.shape)).astype(np.float32), params)
+    rows = curvature.normalise_directions(drawn, params)
     kinds = set()
     for path, leaf, both in zip(trees.paths(params), jax.tree.leaves(params), jax.tree.leaves(rows), strict=True):
         both = np.asarray(both, np.float64)
