@@ -13,10 +13,12 @@ from robust_vit.curvature import (
     batches,
     blocks,
     densities,
+    directions,
     eigenvalues,
     estimates,
     jacobians,
     krylov,
+    landscapes,
     operators,
     per_example,
     power,
@@ -40,6 +42,7 @@ ExampleValues = per_example.ExampleValues
 Jacobian = jacobians.Jacobian
 Operator = operators.Operator
 Scaled = operators.Scaled
+Trajectory = directions.Trajectory
 WorstCase = sharpness.WorstCase
 asymmetry = operators.asymmetry
 average_case = sharpness.average_case
@@ -53,23 +56,29 @@ fisher = products.fisher
 frobenius = traces.frobenius
 gauss_newton = products.gauss_newton
 gradient_norms = per_example.gradient_norms
+grid = landscapes.grid
 hessian = products.hessian
 indeterminism = operators.indeterminism
 input_hessian = products.input_hessian
 jacobian = jacobians.jacobian
 lanczos = eigenvalues.lanczos
+landscape = landscapes.landscape
 linearise = batches.linearise
 m_sharpness = sharpness.m_sharpness
 negative_share = spectra.negative_share
+normalise_directions = directions.normalise
+offsets = landscapes.offsets
 overlap = spectra.overlap
 parameter_blocks = blocks.blocks
 positive_mean = spectra.positive_mean
 power_iteration = power.power_iteration
 programs = krylov.planned
+random_directions = directions.random
 scales = sharpness.scales
 stream = batches.stream
 together = batches.together
 trace = traces.trace
+trajectory = directions.trajectory
 within = blocks.within
 worst_case = sharpness.worst_case
 

@@ -72,6 +72,17 @@ def orthonormalise(basis: PyTree, vectors: PyTree, size: jax.Array) -> tuple[jax
 
 
 @jax.jit
+def products(left: PyTree, right: PyTree) -> jax.Array:
+    """The inner product of each row of one set with each of the other, `[left rows, right rows]`."""
+
+    def one(left: jax.Array, right: jax.Array) -> jax.Array:
+        inside = tuple(range(1, left.ndim))
+        return jnp.tensordot(left, right, axes=(inside, inside), precision="highest")
+
+    return sum(jax.tree.leaves(jax.tree.map(one, left, right)))
+
+
+@jax.jit
 def combine(basis: PyTree, coefficients: jax.Array) -> PyTree:
     """Vectors `[columns, ...]` of the coefficients `[rank, columns]` in the basis."""
     return jax.tree.map(lambda rows: _combine(coefficients.T, rows), basis)

@@ -26,10 +26,9 @@ def draw(key: Key[Array, ""], like: PyTree) -> PyTree:
       key: of the draw.
       like: gives structure, shapes and dtypes, which are float32 or float64.
     """
-    names = np.asarray([zlib.crc32(path.encode()) for path in trees.paths(like)], np.uint32)
-    seeds = jax.vmap(lambda name: jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32))(names)
     leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [_leaf(seed, leaf) for seed, leaf in zip(seeds, leaves, strict=True)])
+    pairs = zip(seeds(key, like), leaves, strict=True)
+    return jax.tree.unflatten(structure, [_leaf(seed, leaf) for seed, leaf in pairs])
 
 
 def signs(key: Key[Array, ""], like: PyTree) -> PyTree:
@@ -38,6 +37,23 @@ def signs(key: Key[Array, ""], like: PyTree) -> PyTree:
     Arguments as of `draw`; it costs no more to compile.
     """
     return jax.tree.map(lambda leaf: jnp.where(leaf > 0, 1, -1).astype(leaf.dtype), draw(key, like))
+
+
+def normal(seed: jax.Array, like: jax.Array) -> jax.Array:
+    """Independent standard normal entries of one leaf, by the inverse of the distribution function; none is beyond 5.3.
+
+    Args:
+      seed: of the leaf, a row of `seeds`.
+      like: gives shape and dtype, which is float32 or float64.
+    """
+    two, three = (np.sqrt(number).astype(like.dtype) for number in (2.0, 3.0))
+    return two * jax.lax.erf_inv(_leaf(seed, like) / three)
+
+
+def seeds(key: Key[Array, ""], like: PyTree) -> jax.Array:
+    """Two words of each leaf, `[leaves, 2]`, from the key and the leaf's path."""
+    names = np.asarray([zlib.crc32(path.encode()) for path in trees.paths(like)], np.uint32)
+    return jax.vmap(lambda name: jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32))(names)
 
 
 def _leaf(seed: jax.Array, like: jax.Array) -> jax.Array:

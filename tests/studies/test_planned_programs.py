@@ -19,6 +19,7 @@ SMALL = {
     "calibration": {"batch": 32, "draws": 20},
     "attack_curve": {"batch": 16, "examples": 40, "steps": 2, "multiples": (1.0,)},
     "certificate": {"batch": 16, "examples": 40, "steps": 2, "estimation": 30, "selection": 10, "samples": 10},
+    "loss_landscape": {"points": 3, "examples": 20, "microbatch": 8, "block": 4},
     "loss_progression": {"batch": 16, "examples": 40, "steps": 2},
     "transfer": {"batch": 16, "examples": 40, "steps": 2},
     "hessian_density": {"batch": 16, "probes": 2, "rank": 8},

@@ -19,6 +19,7 @@ SETTINGS = {
     "boundary_travel": {"batch": 64, "examples": 100, "stride": 0.02, "jump": 0.1, "exhibits": 2},
     "calibration": {"batch": 64, "draws": 50},
     "certificate": {"batch": 32, "examples": 60, "estimation": 100, "selection": 20, "radii": (0.2, 0.5), "steps": 2},
+    "loss_landscape": {"points": 5, "examples": 20, "microbatch": 8, "block": 9},
     "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
     "transfer": {"batch": 64, "examples": 100, "steps": 3},
     "hessian_density": {"batch": 16, "probes": 3, "rank": 12},
