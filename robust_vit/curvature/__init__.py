@@ -9,7 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from robust_vit import registry
-from robust_vit.curvature import batches, densities, estimates, jacobians, krylov, operators, power, products, traces
+from robust_vit.curvature import (
+    batches,
+    bends,
+    densities,
+    estimates,
+    jacobians,
+    krylov,
+    operators,
+    power,
+    products,
+    representations,
+    traces,
+)
 
 OPERATORS = {
     "hessian": "robust_vit.curvature.products:hessian",
@@ -18,14 +30,17 @@ OPERATORS = {
     "input_hessian": "robust_vit.curvature.products:input_hessian",
 }
 
+Bend = bends.Bend
 Density = densities.Density
 Eigenvalues = krylov.Eigenvalues
 Estimate = estimates.Estimate
 Jacobian = jacobians.Jacobian
 Operator = operators.Operator
+Turning = representations.Turning
 asymmetry = operators.asymmetry
 density = densities.density
 diagonal = traces.diagonal
+direction_change = representations.direction_change
 fisher = products.fisher
 frobenius = traces.frobenius
 gauss_newton = products.gauss_newton
@@ -37,8 +52,14 @@ lanczos = krylov.lanczos
 linearise = batches.linearise
 power_iteration = power.power_iteration
 programs = krylov.planned
+project_paths = bends.project
+random_directions = representations.random_directions
 stream = batches.stream
+sweep_directions = representations.sweep
+tangent_change = representations.tangent_change
 trace = traces.trace
+trajectory = representations.trajectory
+turning = representations.turning
 
 
 def build(name: str, *arguments: Any, **options: Any) -> operators.Operator:

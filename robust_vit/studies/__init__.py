@@ -27,6 +27,7 @@ STUDIES = {
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
     "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",
     "physical_attack": "robust_vit.studies.physical_attack:PhysicalAttack",
+    "representation_curvature": "robust_vit.studies.representation_curvature:RepresentationCurvature",
     "spatial_attack": "robust_vit.studies.spatial_attack:SpatialAttack",
     "transfer": "robust_vit.studies.transfer:Transfer",
 }

@@ -22,6 +22,15 @@ SETTINGS = {
     "loss_progression": {"batch": 64, "examples": 100, "steps": 3},
     "transfer": {"batch": 64, "examples": 100, "steps": 3},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
+    "representation_curvature": {
+        "layer": "logits",
+        "examples": 6,
+        "directions": 4,
+        "batch": 8,
+        "steps": 4,
+        "step_sizes": (1e-3, 1e-2),
+        "exhibits": 1,
+    },
     "spatial_attack": {"batch": 64, "examples": 100, "grid": (3, 3, 5), "tries": 3, "exhibits": 2},
     "patch_attack": {
         "batch": 50,
