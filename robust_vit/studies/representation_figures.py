@@ -25,9 +25,9 @@ CAPTIONS = {
         "(dotted) at small steps. The upright line is the step of the other figure"
     ),
     "paths": (
-        "Paths of pixels and of features, each in the plane of its own two principal components, in units of the distance "
-        "between its ends, both axes alike. Pixels go straight, and around a corner where the path begins with the jump; four "
-        "directions an image at most, the first test images, not selected"
+        "Paths of pixels and of features, each in the plane of its own two principal components, turned so that its ends lie "
+        "level, in units of their distance, both axes alike. Pixels go straight, and around a corner where the path begins "
+        "with the jump; four directions an image at most, the first test images, not selected"
     ),
 }
 _RUNS_SHOWN = 4
