@@ -118,7 +118,7 @@ def test_a_linear_map_goes_straight_and_its_rounding_is_the_noise():
 
 
 def small_vit():
-    module = models.build("vit", num_classes=3, width=16, depth=2, heads=2, patch=4)
+    module = models.build("vit", num_classes=3, width=16, depth=1, heads=2, patch=4)
     spec = classifier.ImageSpec(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,))
     return classifier.Classifier(models.init(module, spec, jax.random.key(0)), module, spec)
 
