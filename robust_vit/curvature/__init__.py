@@ -11,6 +11,7 @@ from typing import Any
 from robust_vit import registry
 from robust_vit.curvature import (
     batches,
+    bends,
     blocks,
     densities,
     directions,
@@ -23,6 +24,7 @@ from robust_vit.curvature import (
     per_example,
     power,
     products,
+    representations,
     sharpness,
     spectra,
     traces,
@@ -35,6 +37,7 @@ OPERATORS = {
     "input_hessian": "robust_vit.curvature.products:input_hessian",
 }
 
+Bend = bends.Bend
 Density = densities.Density
 Eigenvalues = eigenvalues.Eigenvalues
 Estimate = estimates.Estimate
@@ -43,12 +46,14 @@ Jacobian = jacobians.Jacobian
 Operator = operators.Operator
 Scaled = operators.Scaled
 Trajectory = directions.Trajectory
+Turning = representations.Turning
 WorstCase = sharpness.WorstCase
 asymmetry = operators.asymmetry
 average_case = sharpness.average_case
 condition_number = spectra.condition_number
 density = densities.density
 diagonal = traces.diagonal
+direction_change = representations.direction_change
 effective_rank = spectra.effective_rank
 example_eigenvalues = per_example.lanczos
 example_singular_values = per_example.singular_values
@@ -73,12 +78,16 @@ parameter_blocks = blocks.blocks
 positive_mean = spectra.positive_mean
 power_iteration = power.power_iteration
 programs = krylov.planned
+project_paths = bends.project
 random_directions = directions.random
 scales = sharpness.scales
 stream = batches.stream
+sweep_directions = representations.sweep
+tangent_change = representations.tangent_change
 together = batches.together
 trace = traces.trace
 trajectory = directions.trajectory
+turning = representations.turning
 within = blocks.within
 worst_case = sharpness.worst_case
 

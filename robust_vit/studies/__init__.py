@@ -34,7 +34,11 @@ STUDIES = {
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
     "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",
     "physical_attack": "robust_vit.studies.physical_attack:PhysicalAttack",
+<<<<<<< HEAD
     "sharpness": "robust_vit.studies.sharpness:Sharpness",
+=======
+    "representation_curvature": "robust_vit.studies.representation_curvature:RepresentationCurvature",
+>>>>>>> part-b
     "spatial_attack": "robust_vit.studies.spatial_attack:SpatialAttack",
     "transfer": "robust_vit.studies.transfer:Transfer",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,18 @@ import numpy as np
 from robust_vit import classifier, data, models
 
 HEADS = 8
+
+
+@flax.struct.dataclass
+class PostNormViT(classifier.Wrapped):
+    """The post-norm ViT, which names the normed class token before its head."""
+
+    def features(self, images: jax.Array, gates: None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits and `pre_logits` `[batch, 128]`."""
+        if gates is not None:
+            raise ValueError("this model has no gates")
+        token = _class_token(self.variables, images)
+        return _logits(self.variables, token), {"pre_logits": token}
 
 
 def images(folder: pathlib.Path | str, *, rows: int) -> dict[str, np.ndarray]:
@@ -35,16 +48,24 @@ def resnet20(folder: pathlib.Path | str) -> classifier.Classifier:
     return classifier.Classifier(models.load_weights(path, zeros), module, spec)
 
 
-def vit(folder: pathlib.Path | str) -> classifier.Wrapped:
+def vit(folder: pathlib.Path | str) -> PostNormViT:
     """The post-norm ViT of smmk47 (patch 4, width 128, depth 6), 70.89 % on the 1,017 exact test images."""
     arrays = np.load(pathlib.Path(folder) / "weights" / "smmk47_vit_cifar10.npz")
     weights = {name: jnp.asarray(arrays[name]) for name in arrays.files}
     # Matrices as `x @ kernel` takes them.
     weights = {name: value.T if value.ndim == 2 else value for name, value in weights.items()}
-    return classifier.wrap(_vit, weights)
+    return PostNormViT(variables=weights, apply=_vit)
 
 
 def _vit(weights, pixels):
+    return _logits(weights, _class_token(weights, pixels))
+
+
+def _logits(weights, token):
+    return token @ weights["mlp_head.1.weight"] + weights["mlp_head.1.bias"][None]
+
+
+def _class_token(weights, pixels):
     mean, std = jnp.asarray([0.4914, 0.4822, 0.4465]), jnp.asarray([0.2023, 0.1994, 0.2010])
     pixels = (pixels - mean[None, None, None]) / std[None, None, None]
     count, side = pixels.shape[0], pixels.shape[1] // 4
@@ -60,8 +81,7 @@ def _vit(weights, pixels):
         tokens = _layer_norm(tokens + mixed, weights, name + "norm1.")
         hidden = jax.nn.relu(_dense(tokens, weights, name + "linear1."))
         tokens = _layer_norm(tokens + _dense(hidden, weights, name + "linear2."), weights, name + "norm2.")
-    found = _layer_norm(tokens[:, :1], weights, "mlp_head.0.")
-    return _dense(found, weights, "mlp_head.1.")[:, 0]
+    return _layer_norm(tokens[:, :1], weights, "mlp_head.0.")[:, 0]
 
 
 def _dense(tokens, weights, name):
