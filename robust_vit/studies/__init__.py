@@ -26,19 +26,13 @@ STUDIES = {
     "certificate": "robust_vit.studies.certificate:Certificate",
     "hessian_density": "robust_vit.studies.hessian_density:HessianDensity",
     "hessian_spectrum": "robust_vit.studies.hessian_spectrum:HessianSpectrum",
-<<<<<<< HEAD
     "input_curvature": "robust_vit.studies.input_curvature:InputCurvature",
-=======
     "loss_landscape": "robust_vit.studies.loss_landscape:LossLandscape",
->>>>>>> part-a
     "loss_progression": "robust_vit.studies.loss_progression:LossProgression",
     "patch_attack": "robust_vit.studies.patch_attack:PatchAttack",
     "physical_attack": "robust_vit.studies.physical_attack:PhysicalAttack",
-<<<<<<< HEAD
-    "sharpness": "robust_vit.studies.sharpness:Sharpness",
-=======
     "representation_curvature": "robust_vit.studies.representation_curvature:RepresentationCurvature",
->>>>>>> part-b
+    "sharpness": "robust_vit.studies.sharpness:Sharpness",
     "spatial_attack": "robust_vit.studies.spatial_attack:SpatialAttack",
     "transfer": "robust_vit.studies.transfer:Transfer",
 }

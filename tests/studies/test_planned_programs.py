@@ -24,12 +24,9 @@ SMALL = {
     "transfer": {"batch": 16, "examples": 40, "steps": 2},
     "hessian_density": {"batch": 16, "probes": 2, "rank": 8},
     "hessian_spectrum": {"mini_batches": 2, "rank": 8, "top": 2},
-<<<<<<< HEAD
     "input_curvature": {"batch": 16, "examples": 40, "rank": 8},
     "sharpness": {"batch": 8, "mini_batches": 2, "radii": (0.1,), "spreads": (0.1,), "steps": 4, "pairs": 2, "rank": 8},
-=======
     "representation_curvature": {"layer": "logits", "examples": 3, "directions": 4, "batch": 8, "steps": 4},
->>>>>>> part-b
     "spatial_attack": {"batch": 16, "examples": 40, "grid": (3, 3, 3), "tries": 3},
     "patch_attack": {"batch": 16, "examples": 40, "steps": 2, "learned_images": 32, "areas": (0.1, 0.3)},
     "physical_attack": {"batch": 16, "examples": 40, "attack": "pgd(steps=2)", "samples": 2, "strengths": (1.0,)},

@@ -24,7 +24,6 @@ SETTINGS = {
     "transfer": {"batch": 64, "examples": 100, "steps": 3},
     "hessian_density": {"batch": 16, "probes": 3, "rank": 12},
     "hessian_spectrum": {"batch": 8, "mini_batches": 3, "top": 3, "rank": 20},
-<<<<<<< HEAD
     "input_curvature": {"batch": 64, "examples": 100, "rank": 12, "exhibits": 2},
     "sharpness": {
         "batch": 8,
@@ -36,7 +35,7 @@ SETTINGS = {
         "steps": 4,
         "pairs": 2,
         "rank": 12,
-=======
+    },
     "representation_curvature": {
         "layer": "logits",
         "examples": 6,
@@ -45,7 +44,6 @@ SETTINGS = {
         "steps": 4,
         "step_sizes": (1e-3, 1e-2),
         "exhibits": 1,
->>>>>>> part-b
     },
     "spatial_attack": {"batch": 64, "examples": 100, "grid": (3, 3, 5), "tries": 3, "exhibits": 2},
     "patch_attack": {
