@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robust_vit import classifier, collectives, curvature, loops, mesh, models, trees
-from robust_vit.curvature import batches, krylov
+from robust_vit.curvature import batches, krylov, per_example
 from robust_vit.studies import hessian_spectrum
 
 IMAGES, RANK = 16, 12
@@ -123,3 +123,24 @@ def test_what_8_devices_saved_2_go_on_with(tmp_path):
         found = curvature.lanczos(operator, KEY, folder=tmp_path, **options)
     assert found.applications == RANK
     np.testing.assert_allclose(found.values, _alone().values, atol=2e-6 * np.abs(_alone().values).max())
+
+
+def test_mini_batches_in_lock_step_share_the_devices_and_send_nothing():
+    rng, devices = np.random.default_rng(2), mesh.make(jax.devices())
+    model = _model()
+    model = model.replace(variables=jax.device_put(model.variables, mesh.replicated(devices)))
+    operators = []
+    for _ in range(8):
+        batch = {
+            "image": jnp.asarray(rng.uniform(size=(2, 16, 16, 3)), jnp.float32),
+            "label": jnp.asarray(rng.integers(0, 10, 2), jnp.int32),
+        }
+        operators.append(curvature.hessian(LOSS, model.params, batch, model, separable=False))
+    keys, options = jax.random.split(KEY, 8), {"rank": 8, "top": 2}
+    stacked = curvature.together(operators, mesh=devices)
+    found = curvature.example_eigenvalues(stacked, keys, **options)
+    one = curvature.lanczos(operators[5], keys[5], **options)
+    np.testing.assert_allclose(found.values[5], one.values, atol=1e-6 * np.abs(one.values).max())
+    planned = per_example.planned(stacked, keys, rank=8)[0]
+    arguments = (*planned.static, *planned.arguments)
+    assert not _sent(planned.function.lower(*arguments).compile())
