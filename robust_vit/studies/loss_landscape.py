@@ -101,8 +101,8 @@ class LossLandscape(study.Study):
     )
     captions: ClassVar[Mapping[str, str]] = {
         "contours": (
-            "Loss of training images in a plane through the weights, which are the cross. One scale of colours for "
-            "all runs, logarithmic; lines are levels, every second one named in nats. Where there is a trajectory, dots are the run's "
+            "Loss of training images in a plane through the weights, which are the cross. One scale of colours for all runs, "
+            "logarithmic; lines are levels, every second one named in nats. Where there is a trajectory, dots are the run's "
             "checkpoints, seen from above: they need not lie in the plane"
         ),
         "surface": "The same as surfaces, on one logarithmic scale of heights",
