@@ -34,12 +34,15 @@ def contours(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             axis.set_visible(False)
         for axis, (run, grid) in zip(axes.ravel(), grids.items(), strict=False):
             x, y = grid.axes
-            values = _shown(grid.loss[0], levels).T
+            # Levels of the logarithm: between grid points the loss itself is far from linear where it spans decades.
+            values, heights = np.log10(_shown(grid.loss[0], levels)).T, np.log10(levels)
             # Filled between the levels of the lines, finer by half: flat colour shows a level's shape better than a gradient.
-            fine = np.exp(np.interp(np.arange(0, len(levels) - 0.75, 0.5), np.arange(len(levels)), np.log(levels)))
-            axis.contourf(x, y, values, levels=fine, norm=norm, cmap=_MAP, extend="both")
-            lines = axis.contour(x, y, values, levels=levels, colors="white", linewidths=0.7, alpha=0.75)
-            axis.clabel(lines, fontsize=7, fmt=lambda value: f"{value:.2g}")
+            fine = np.interp(np.arange(0, len(levels) - 0.75, 0.5), np.arange(len(levels)), heights)
+            axis.contourf(x, y, values, levels=fine, vmin=heights[0], vmax=heights[-1], cmap=_MAP, extend="both")
+            lines = axis.contour(
+                x, y, values, levels=heights, colors="white", linewidths=0.7, linestyles="solid", alpha=0.75
+            )
+            axis.clabel(lines, levels=heights[1::2], fontsize=7, fmt=lambda value: f"{10**value:.2g}")
             axis.plot(0, 0, marker="+", color="white", markersize=11, markeredgewidth=2.2)
             _trajectory(axis, findings[run].records)
             axis.set_title(run)
@@ -62,7 +65,7 @@ def surfaces(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
     low, high = np.log10(levels[0]), np.log10(levels[-1])
     rows, columns = _layout(len(grids))
     with plots.style():
-        figure = matplotlib_figure.Figure(figsize=(max(3.4 * columns + 0.3, 4.4), 3.3 * rows), layout="constrained")
+        figure = matplotlib_figure.Figure(figsize=(max(3.4 * columns + 0.3, 4.4), 3.1 * rows), layout="constrained")
         for number, (run, grid) in enumerate(grids.items(), start=1):
             axis: mplot3d.Axes3D = figure.add_subplot(rows, columns, number, projection="3d")
             x, y = np.meshgrid(*grid.axes, indexing="ij")
@@ -82,8 +85,8 @@ def surfaces(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             )
             axis.set_zlim(low, high)
             axis.view_init(elev=28, azim=-58)
-            axis.set_box_aspect((1, 1, 0.8), zoom=0.9)
-            axis.set_title(run, pad=0)
+            axis.set_box_aspect((1, 1, 0.8), zoom=0.95)
+            axis.set_title(run, pad=-8, loc="center")
             axis.xaxis.set_major_locator(ticker.MaxNLocator(3))
             axis.yaxis.set_major_locator(ticker.MaxNLocator(3))
             axis.zaxis.set_major_locator(ticker.FixedLocator(np.log10(_ticks(levels[0], levels[-1]))))
@@ -93,9 +96,9 @@ def surfaces(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
                 each.set_pane_color((0, 0, 0, 0))
                 each.line.set_color(plots.INK)
                 each._axinfo["grid"].update(color=(*colors.to_rgb(plots.INK), 0.18), linewidth=0.6)
-            labels = _labels(findings[run])
-            axis.set_xlabel(labels[0], fontsize=8, labelpad=-4)
-            axis.set_ylabel(labels[1], fontsize=8, labelpad=-4)
+            first, second = (label.split(" (")[0].removeprefix("random ") for label in _labels(findings[run]))
+            axis.set_xlabel(first, fontsize=8, labelpad=-4)
+            axis.set_ylabel(second, fontsize=8, labelpad=-4)
             axis.set_zlabel("loss (nats)", fontsize=8, labelpad=-4)
     return figure
 

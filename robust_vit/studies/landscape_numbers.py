@@ -74,6 +74,7 @@ def summary(surface: Surface) -> dict[str, Any]:
         "finite": float(finite.mean()),
         "grid": [len(axis) for axis in axes],
         "spans": [[float(axis[0]), float(axis[-1])] for axis in axes],
+        "step": float(max(axis[1] - axis[0] for axis in axes)),
         "planes": len(loss),
         "images": surface.losses.shape[-1],
     }

@@ -83,6 +83,11 @@ def caveats(settings: Mapping[str, Any], numbers: Mapping[str, Any], exhibits: M
             f"Up to a distance of {radius['limit']:.3g} the loss does not double{where}: the distance is counted as that much, "
             f"and {some} is a lower bound."
         )
+    if radius is not None and radius["value"] < numbers["step"]:
+        found.append(
+            f"The loss doubles within one step of the grid ({numbers['step']:.3g}): the distance is interpolated; a smaller span "
+            "resolves it."
+        )
     if not exhibits.get("eigenvalue_converged", np.ones(1, bool)).all():
         found.append(
             f"An eigenvalue did not reach a relative residual of {settings['tolerance']:g} in {settings['rank']} Lanczos steps: "

@@ -83,10 +83,10 @@ class LossLandscape(study.Study):
       normalisation: `li2018`, `park2022` or `none`; None is `li2018` for random directions and `none` for others.
       vectors: what biases and norms' scales do under a normalisation: `zero`, `scale` or `copy`
         (`curvature.normalise_directions`).
-      l2: add the L2 term to what is drawn and counted; the records have it anyway.
+      l2: add the L2 term to what is drawn and counted, eigenvectors among it; the records have it anyway.
       examples: training images, the first of the stream.
       microbatch: images a compiled step; or "auto", as many as the device has use and memory for.
-      block: points a chunk, spread over the devices; a chunk that was finished is not lost.
+      block: points a chunk, spread over the devices, so best a multiple of their number; what a chunk has finished is not lost.
       rank: Lanczos steps at most, for eigenvectors.
       tolerance: relative residual at which an eigenvalue counts as converged.
       label_smoothing: of the loss, or None for the subject's.
@@ -101,8 +101,8 @@ class LossLandscape(study.Study):
     )
     captions: ClassVar[Mapping[str, str]] = {
         "contours": (
-            "Loss of training images in a plane through the weights, which are the cross. One scale of colours for "
-            "all runs, logarithmic; a line is a level, named in nats. Where there is a trajectory, dots are the run's "
+            "Loss of training images in a plane through the weights, which are the cross. One scale of colours for all runs, "
+            "logarithmic; lines are levels, every second one named in nats. Where there is a trajectory, dots are the run's "
             "checkpoints, seen from above: they need not lie in the plane"
         ),
         "surface": "The same as surfaces, on one logarithmic scale of heights",
@@ -224,7 +224,8 @@ class LossLandscape(study.Study):
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
         loss = hessian_spectrum.MeanLoss(self._smoothing(subject))
-        options = {"microbatch": self.microbatch, "weight_decay": self._decay(subject), "separable": False}
+        decay = self._decay(subject) if self.l2 else 0.0
+        options = {"microbatch": self.microbatch, "weight_decay": decay, "separable": False}
         return curvature.hessian(loss, classifier.params, batch, classifier, **options)
 
     def _images(self, subject: study.Subject) -> dict[str, np.ndarray]:

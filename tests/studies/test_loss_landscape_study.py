@@ -174,6 +174,8 @@ def test_numbers_of_a_known_surface():
     assert summary["negative"]["value"] == summary["roughness"]["value"] == 0
     assert summary["l2"] == 0.25
     assert len(summary["caveats"]) == 1
+    steep = study.summarise(_fabricated(lambda x, y, plane: 0.01 + np.abs(x)))
+    assert any("within one step of the grid (0.2)" in caveat for caveat in steep["caveats"])
     decayed = studies.build("loss_landscape", points=11, l2=True)
     with_l2 = decayed.summarise(_fabricated(lambda x, y, plane: 1 + 2 * x**2 + 4 * y**2, l2=3.0))
     np.testing.assert_allclose(with_l2["loss"]["value"], 4.0)
