@@ -98,8 +98,8 @@ def trajectory(subject: study.Subject, params: Any, *, dimensions: int, span: fl
             points.append(point)
     if len(points) < dimensions:
         raise errors.UserError(
-            f"{len(points)} of the run's checkpoints differ from its weights, and {dimensions} are needed: keep more of them "
-            "(checkpoint.keep)."
+            f"{len(points)} of the run's checkpoints differ from its weights, and {dimensions} are needed: keep more of them, "
+            'as checkpoint.milestones=("epochs",) does.'
         )
     found = curvature.trajectory(points, params, count=dimensions)
     low = np.minimum(found.coordinates.min(axis=0), 0.0)

@@ -170,9 +170,13 @@ class LossLandscape(study.Study):
         if self.plane == "trajectory" and len(subject.history) < 2:
             return (
                 f"the run keeps {len(subject.history)} checkpoints of its training and a trajectory needs two or more: train it "
-                "with a larger checkpoint.keep"
+                'with checkpoint.milestones=("epochs",)'
             )
         return None
+
+    def looks_back(self, subject: study.Subject) -> tuple[int, ...]:
+        """All steps of the history, where the plane is that of the trajectory."""
+        return tuple(subject.history) if self.plane == "trajectory" else ()
 
     @property
     def _block(self) -> int:
