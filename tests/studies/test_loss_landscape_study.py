@@ -119,6 +119,9 @@ def test_a_trajectory_is_drawn_in_the_plane_that_it_lies_in(subject):
     way = [[3.0, 0.5], [2.0, 1.0], [1.0, 0.8], [0.3, 0.2], [0.0, 0.0]]
     subject = _history(subject, way)
     study = studies.build("loss_landscape", plane="trajectory", **{**SMALL, "points": 6})
+    # Another history asks for another result; a random plane does not look at it.
+    assert study.looks_back(subject) == (0, 10, 20, 30, 40)
+    assert studies.build("loss_landscape", **SMALL).looks_back(subject) == ()
     finding = study.run(subject)
     records = finding.records
     # The last checkpoint is the weights themselves: the origin, and no point of its own.
