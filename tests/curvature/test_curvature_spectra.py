@@ -157,6 +157,8 @@ def test_every_parameter_of_a_network_is_in_one_block(name):
     params = _shapes(name)
     expressions = curvature.parameter_blocks(params)
     assert list(expressions) == NAMES[name]
+    if name == "vit":  # Each branch with its norm.
+        assert "block00/mlp_norm/scale" in trees.paths(subsets.select(params, expressions["block00/mlp"])[0])
     masks = [trees.mask(params, subset) for subset in expressions.values()]
     assert all(sum(found) == 1 for found in zip(*map(jax.tree.leaves, masks), strict=True))
 
