@@ -77,6 +77,7 @@ def test_the_effective_rank_of_equal_eigenvalues_among_zeros_is_their_number(val
     assert nothing.value == nothing.standard_error == 0.0
 
 
+@pytest.mark.slow
 def test_the_error_of_the_effective_rank_is_that_of_repetitions():
     operator = _with_spectrum(np.r_[np.linspace(1, 3, 10), np.zeros(20)])
     found = [
