@@ -182,6 +182,8 @@ def test_milestones_are_words_steps_and_shares_and_no_part_of_what_is_trained(fo
     subject = runs.subjects(without)[0]["main"]
     assert subject.history == {}
     assert subject.early() is None
+    assert list(runs.history(whole, until=6)) == [5]
+    assert list(runs.history(whole, until=5)) == []
     # The plan of a training that is yet to come knows what there will be.
     later = runs.prepare(_config(folder, **{"checkpoint.milestones": (2, 9)}), tmp_path / "new")
     assert list(runs.history(later, until=12)) == [2, 9]

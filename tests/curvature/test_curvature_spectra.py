@@ -77,6 +77,7 @@ def test_the_effective_rank_of_equal_eigenvalues_among_zeros_is_their_number(val
     assert nothing.value == nothing.standard_error == 0.0
 
 
+@pytest.mark.slow
 def test_the_error_of_the_effective_rank_is_that_of_repetitions():
     operator = _with_spectrum(np.r_[np.linspace(1, 3, 10), np.zeros(20)])
     found = [
@@ -157,6 +158,8 @@ def test_every_parameter_of_a_network_is_in_one_block(name):
     params = _shapes(name)
     expressions = curvature.parameter_blocks(params)
     assert list(expressions) == NAMES[name]
+    if name == "vit":  # Each branch with its norm.
+        assert "block00/mlp_norm/scale" in trees.paths(subsets.select(params, expressions["block00/mlp"])[0])
     masks = [trees.mask(params, subset) for subset in expressions.values()]
     assert all(sum(found) == 1 for found in zip(*map(jax.tree.leaves, masks), strict=True))
 

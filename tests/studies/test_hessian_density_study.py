@@ -170,6 +170,7 @@ def test_a_rank_beyond_the_dimension_and_mistakes():
             studies.build("hessian_density", **options)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_same(plain):
     subject, _, finding = plain
     parts = studies.build("hessian_density", microbatch=5, **SMALL).run(subject)
