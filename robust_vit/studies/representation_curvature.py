@@ -347,7 +347,8 @@ class RepresentationCurvature(study.Study):
         which = f"{self._paths} random directions" if self.direction == "random" else "the FGSM direction"
         images = representation_summary.count_text(findings)
         caption = (
-            f"{self.layer} along {which} of {images}, {self.steps} steps to ε = {self.span:g} (RMS change of a pixel). θ is the angle between successive steps, 0 straight on, 1.57 a right angle. The turning rate is of "
+            f"{self.layer} along {which} of {images}, {self.steps} steps to ε = {self.span:g} (RMS change of a pixel). θ is the "
+            "angle between successive steps, 0 straight on, 1.57 a right angle. The turning rate is of "
             f"{self._close} of the directions at the start. 95 % bootstrap intervals over images, of means over an image's paths."
         )
         starts = {name: STARTS[name] for name in self.starts}
