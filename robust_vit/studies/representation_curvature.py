@@ -151,10 +151,10 @@ class RepresentationCurvature(study.Study):
         return super().most(subject) * self._paths
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
-        """Paths, and the derivatives and step sizes of a few of them; a forward derivative counts as two forward passes."""
+        """Paths, and the derivatives and step sizes of a few: a tangent counts as two forward passes, a turning rate as three."""
         chunks, images = self.chunks(subject), self._together
         paths = images if self.direction == "gradient" else -(-images * self._paths // self.batch) * self.batch
-        close = images * self._close * (4 * len(self.starts) + len(self.step_sizes) * (3 + 4))
+        close = images * self._close * (3 * len(self.starts) + len(self.step_sizes) * (3 + 4))
         moved = len(self.starts) * paths * (self.steps + 1)
         shown = min(-(-self.exhibits // images), chunks) * images * self._close * (self.steps + 1)
         gradients = chunks * len(self.starts) * images if self.direction == "gradient" else 0
@@ -198,23 +198,11 @@ class RepresentationCurvature(study.Study):
         if self.jump:
             places["jump"] = travel.move(images, away, jnp.full(len(mask), self.jump, images.dtype), clip=self.clip)
         shown = max(0, min(self.exhibits - index * self._together, int(mask.sum())))
-        drawn = _fold(keys)
         for name, start in places.items():
-            path = {"span": self.span, "steps": self.steps, "clip": self.clip}
-            if self.direction == "gradient":
-                directions, vanished = travel.gradient_directions(subject.classifier, keys, start, given)
-                found = representations.direction_change(features, start, directions, layer, **path)
-                found = jax.tree.map(lambda leaf: mesh.fetch(leaf)[:, None], found)
-                records[f"vanished/{name}"] = mesh.fetch(vanished)[mask]
-                directions = directions[:, None]
-            else:
-                options = {**path, "directions": self._paths, "batch": self.batch, "mesh": subject.mesh}
-                found = representations.sweep(features, start, drawn, layer, **options)
-                directions = representations.random_directions(start, drawn, count=self._close)
-            for key in ("angles", "noise", "straightness", "linearity"):
-                records[f"{key}/{name}"] = np.asarray(getattr(found, key), np.float32)[mask]
-            if not np.isfinite(records[f"linearity/{name}"]).all():
-                broken = ~np.isfinite(records[f"linearity/{name}"]).all(axis=1)
+            found, directions = self._bends(subject, layer, start, given, keys)
+            records |= {f"{key}/{name}": value[mask] for key, value in found.items()}
+            broken = ~np.isfinite(records[f"linearity/{name}"]).all(axis=1)
+            if broken.any():
                 raise errors.UserError(
                     f"features that are not finite along a path of row {int(records['row'][broken][0])}: choose a shorter span "
                     "or jump, or look at the model's weights."
@@ -232,6 +220,25 @@ class RepresentationCurvature(study.Study):
         if index == 0:
             records["exhibit/class_names"] = forward.class_names(subject)
         return records
+
+    def _bends(
+        self, subject: study.Subject, layer: Any, start: jax.Array, labels: jax.Array, keys: jax.Array
+    ) -> tuple[dict[str, np.ndarray], jax.Array]:
+        """How all paths from `start` bend, `[images, directions, ...]`, and the directions to look at more closely."""
+        path = {"span": self.span, "steps": self.steps, "clip": self.clip}
+        records = {}
+        if self.direction == "gradient":
+            directions, vanished = travel.gradient_directions(subject.classifier, keys, start, labels)
+            found = representations.direction_change(features, start, directions, layer, **path)
+            found = jax.tree.map(lambda leaf: mesh.fetch(leaf)[:, None], found)
+            records["vanished"] = mesh.fetch(vanished)
+            directions = directions[:, None]
+        else:
+            options = {**path, "directions": self._paths, "batch": self.batch, "mesh": subject.mesh}
+            found = representations.sweep(features, start, _fold(keys), layer, **options)
+            directions = representations.random_directions(start, _fold(keys), count=self._close)
+        kept = ("angles", "noise", "straightness", "linearity")
+        return records | {key: np.asarray(getattr(found, key), np.float32) for key in kept}, directions
 
     def _rows(self, values: Any) -> np.ndarray:
         """`[images * directions, ...]` as `[images, directions, ...]`."""
@@ -338,9 +345,10 @@ class RepresentationCurvature(study.Study):
     def tables(self, findings: Mapping[str, study.Finding]) -> dict[str, tables.Table]:
         """One row a run and start."""
         which = f"{self._paths} random directions" if self.direction == "random" else "the FGSM direction"
+        images = representation_summary.count_text(findings)
         caption = (
-            f"{self.layer} along {which} of {count_text(findings)}, {self.steps} steps to ε = {self.span:g} (RMS change of a "
-            "pixel). θ is the angle between successive steps, 0 straight on, 1.57 a right angle. The turning rate is of "
+            f"{self.layer} along {which} of {images}, {self.steps} steps to ε = {self.span:g} (RMS change of a pixel). θ is the "
+            "angle between successive steps, 0 straight on, 1.57 a right angle. The turning rate is of "
             f"{self._close} of the directions at the start. 95 % bootstrap intervals over images, of means over an image's paths."
         )
         starts = {name: STARTS[name] for name in self.starts}
@@ -372,12 +380,6 @@ class RepresentationCurvature(study.Study):
             "paths": finding.summary["paths"],
             "subset": "the first images in the order of the data set",
         }
-
-
-def count_text(findings: Mapping[str, study.Finding]) -> str:
-    """How many images the runs were asked about: "10 images"."""
-    counts = sorted({finding.summary["examples"] for finding in findings.values()})
-    return f"{'–'.join(str(number) for number in counts)} images"
 
 
 def _change(angles: Mapping[str, np.ndarray]) -> dict[str, Any] | None:

@@ -114,7 +114,10 @@ def step_sizes(
         axes[0, 0].set_ylabel("direction change (rad)")
         with_most = max(range(len(shown)), key=lambda column: len(axes[0, column].get_lines()))
         handles, labels = axes[0, with_most].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(shown) == 1 else 4, fontsize=8.5)
+        columns = 2 if len(shown) == 1 else 4
+        key = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5)
+        for handle in key.legend_handles:  # What is drawn, in any run's colour.
+            handle.set_color(plots.INK)
     return figure
 
 

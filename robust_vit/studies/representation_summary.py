@@ -89,6 +89,12 @@ def table(findings: Mapping[str, study.Finding], starts: Mapping[str, str], capt
     )
 
 
+def count_text(findings: Mapping[str, study.Finding]) -> str:
+    """How many images the runs were asked about: "10 images"."""
+    counts = sorted({finding.summary["examples"] for finding in findings.values()})
+    return f"{'–'.join(str(number) for number in counts)} images"
+
+
 def per_image(values: np.ndarray) -> Float[np.ndarray, " images"]:
     """Means over everything of an image, in float64. An interval over images of these holds the spread over directions, too."""
     return values.reshape(len(values), -1).mean(axis=1, dtype=np.float64)

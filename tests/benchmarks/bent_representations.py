@@ -70,9 +70,10 @@ def main() -> None:
         findings = {name: study.run(subject) for name, subject in subjects.items()}
         (table,) = study.tables(findings).values()
         print(f"\n{table.caption}\n\n{markdown(table)}\n", flush=True)
-        for found in study.compare(*findings.values()):
+        first, second = findings
+        for found in study.compare(findings[first], findings[second]):
             print(
-                f"{found.quantity}, second minus first: {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+                f"{found.quantity}, {second} minus {first}: {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
             )
         for name, finding in findings.items():
             change = finding.summary["change"]

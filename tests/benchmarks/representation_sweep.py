@@ -89,6 +89,9 @@ def main() -> None:
         options = {"directions": directions, "span": 0.05, "steps": flags.steps, "batch": flags.batch}
         return curvature.sweep_directions(function, images, keys, layer, **options)
 
+    is_cpu = jax.default_backend() == "cpu"
+    side_of_product, calls = (512 if flags.tiny else 2048 if is_cpu else 8192), 4 if is_cpu else 16
+    rate = ceiling(side_of_product, calls)
     before = representations._measure_drawn._cache_size()
     # The first call compiles: few directions of each image, which fill up the same shape as many.
     sweep(1)
@@ -97,10 +100,10 @@ def main() -> None:
     found = sweep(flags.directions)
     seconds = time.perf_counter() - begin
     count = representations._measure_drawn._cache_size() - before
-    assert len(compiled) == others, "the sweep compiled again"
+    assert 0 < others == len(compiled), "the sweep compiled again, or nobody counted"
     assert np.isfinite(found.angles).all()
-    is_cpu = jax.default_backend() == "cpu"
-    rate = ceiling(512 if flags.tiny else 2048 if is_cpu else 8192, 4 if is_cpu else 16)
+    # Before and after: a machine that others use, too, is not always as fast.
+    rate = max(rate, ceiling(side_of_product, calls))
     half = None if is_cpu else accelerator.ceiling(8192, 16)
     reached = work * executed / seconds
     device = jax.devices()[0]
