@@ -58,7 +58,7 @@ IN_DEPTH = (
 
 # Rooms whose default tests ask what is computed, not to which byte: compiled without most of XLA's optimisations, which is a
 # third of their time. `-m slow` and `-m parity` compile all as users do.
-PLAIN = ("corruptions", "data", "metrics", "models", "objectives", "report", "studies", "training")
+PLAIN = ("corruptions", "curvature", "data", "metrics", "models", "objectives", "report", "studies", "training")
 
 
 def pytest_runtest_setup(item):
