@@ -8,22 +8,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Key
 
 from robust_vit import errors, loops, programs, trees
-from robust_vit.curvature import batches, estimates, krylov, probes, subsets
+from robust_vit.curvature import ascents, batches, estimates, krylov, probes
 
 PyTree = Any
 NORMS = ("l2", "linf")
 SCALES = ("elementwise", "tensor", "global")
-_MOMENTUM = 0.75
-# Auto-PGD: the first window between two looks at the step, by how much each is shorter, the shortest; in shares of the steps.
-_WINDOWS = (0.22, 0.03, 0.06)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +121,11 @@ def worst_case(
     problem = _problem(loss, params, batch, context, subset, microbatch)
     units = _units(problem.like, adaptive, stabiliser)
     reach = np.asarray(radius, jnp.result_type(float))
-    state = _start(norm, krylov.placement_of(problem.like), problem, key, reach)
-    state = loops.repeat(_Ascend(norm), state, steps, problem, units, reach, *_checkpoints(steps), donate=True)
-    ends = _ends(problem, units, state)
+    state = ascents.start(norm, krylov.placement_of(problem.like), problem, key, reach)
+    state = loops.repeat(
+        ascents.Ascend(norm), state, steps, problem, units, reach, *ascents.checkpoints(steps), donate=True
+    )
+    ends = ascents.ends(problem, units, state)
     base, best, last = (float(value) for value in ends)
     if not np.isfinite([base, best]).all():
         raise errors.UserError("the loss is not finite at these parameters or near them: take a smaller radius.")
@@ -140,7 +137,7 @@ def worst_case(
         loss=base,
         slope=float(state.slope),
         gradients=steps,
-        perturbation=_times(units, found),
+        perturbation=ascents.times(units, found),
     )
 
 
@@ -247,117 +244,24 @@ def planned(
     units = None if adaptive is None else problem.like
     number = np.zeros((), jnp.result_type(float))
     placement = krylov.placement_of(problem.like)
-    state = _start.eval_shape(norm, placement, problem, None, number)
+    state = ascents.start.eval_shape(norm, placement, problem, None, number)
     if placement is not None:
-        shardings = _shardings(state, placement)
+        shardings = ascents.shardings(state, placement)
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return [
-        loops.plan(_Ascend(norm), state, steps, problem, units, number, *_checkpoints(steps), donate=True),
-        programs.Program("ends", _ends, (problem, units, state)),
+        loops.plan(
+            ascents.Ascend(norm), state, steps, problem, units, number, *ascents.checkpoints(steps), donate=True
+        ),
+        programs.Program("ends", ascents.ends, (problem, units, state)),
         programs.Program("pair", _pair, (problem, units, key, number), times=pairs + 1, static=(norm,)),
     ]
-
-
-class _Ascent(flax.struct.PyTreeNode):
-    """An ascent in scaled coordinates.
-
-    Attributes:
-      offset: where it is.
-      previous: where it was one step before.
-      best: where it found most.
-      best_slope: the scaled gradient there.
-      most: the loss there.
-      checked: `most` at the last look at the step size.
-      first: the loss after the first step.
-      slope: the dual norm of the scaled gradient at the start.
-      size: of a step, in radii.
-      rises: steps since the last look that found more.
-      halved: the last look halved the step.
-    """
-
-    offset: PyTree
-    previous: PyTree
-    best: PyTree
-    best_slope: PyTree
-    most: Float[Array, ""]
-    checked: Float[Array, ""]
-    first: Float[Array, ""]
-    slope: Float[Array, ""]
-    size: Float[Array, ""]
-    rises: Int[Array, ""]
-    halved: Bool[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slope:
-    """Loss and gradient at a point; equal for equal losses, so nothing is traced twice."""
-
-    loss: Callable
-
-    def __call__(self, batch: PyTree, point: PyTree, params: PyTree, rest: PyTree, context: tuple) -> PyTree:
-        del params
-        return jax.value_and_grad(lambda chosen: self.loss(subsets.merge(chosen, rest), batch, *context))(point)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Height:
-    """Loss at a point."""
-
-    loss: Callable
-
-    def __call__(self, batch: PyTree, point: PyTree, params: PyTree, rest: PyTree, context: tuple) -> PyTree:
-        del params
-        return self.loss(subsets.merge(point, rest), batch, *context)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ascend:
-    """A step of Auto-PGD in scaled coordinates: one gradient."""
-
-    norm: str
-
-    def __call__(self, state: _Ascent, index, problem, units, radius, windows, looks) -> _Ascent:
-        with jax.default_matmul_precision("highest"):
-            value, gradient = batches.mean(problem, _moved(problem.like, units, state.offset))
-        slope, value = _times(units, gradient), value.astype(state.most.dtype)
-        rises = value > state.most
-        best, best_slope = (
-            _where(rises, new, old) for new, old in ((state.offset, state.best), (slope, state.best_slope))
-        )
-        most, risen = jnp.where(rises, value, state.most), state.rises + (rises & (index > 0))
-        look = looks[index]
-        halve = look & ((risen < 0.75 * windows[index]) | (~state.halved & (most == state.checked)))
-        size = jnp.where(halve, 0.5 * state.size, state.size)
-        here, uphill = _where(halve, best, state.offset), _where(halve, best_slope, slope)
-        reach = _project(self.norm, trees.add(here, _direction(self.norm, uphill), size * radius), radius)
-        # The first step, and the first one after a return, are whole: the rest keep a part of the step before.
-        fresh = (index == 0) | halve
-        following = jax.tree.map(
-            lambda at, to, before: jnp.where(fresh, to, at + _MOMENTUM * (to - at) + (1 - _MOMENTUM) * (at - before)),
-            here,
-            reach,
-            state.previous,
-        )
-        return state.replace(
-            offset=_project(self.norm, following, radius),
-            previous=here,
-            best=best,
-            best_slope=best_slope,
-            most=most,
-            checked=jnp.where(look, most, state.checked),
-            first=jnp.where(index == 1, value, state.first),
-            slope=jnp.where(index == 0, _dual_norm(self.norm, slope), state.slope).astype(state.slope.dtype),
-            size=size,
-            rises=jnp.where(look, 0, risen),
-            halved=jnp.where(look, halve, state.halved),
-        )
 
 
 def _problem(
     loss: Callable, params: PyTree, batch: PyTree, context: tuple, subset, microbatch
 ) -> batches.BatchOperator:
-    return batches.assemble(_Slope(loss), params, batch, context, subset, microbatch)
+    return batches.assemble(ascents.Slope(loss), params, batch, context, subset, microbatch)
 
 
 def _units(params: PyTree, adaptive: str | None, stabiliser: float) -> PyTree:
@@ -372,101 +276,12 @@ def _check(radius: float, name: str, count: int) -> None:
         raise errors.UserError(f"{name} is {count}: expected a whole number from 1.")
 
 
-def _checkpoints(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each step how many it comes after the last look at the step size, and whether it is a look (Croce & Hein 2020)."""
-    window, shorter, least = _WINDOWS
-    places, at = [0], window
-    while at < 1.0:
-        places.append(math.ceil(at * steps))
-        window = max(window - shorter, least)
-        at += window
-    looks, windows, last = np.zeros(steps, bool), np.ones(steps, np.float32), 0
-    for place in places[1:]:
-        if last < place < steps:
-            looks[place], windows[place], last = True, place - last, place
-    return windows, looks
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(
-    norm: str, placement: tuple[NamedSharding, ...] | None, problem, key: Key[Array, ""] | None, radius
-) -> _Ascent:
-    zeros = [trees.zeros_like(problem.like) for _ in range(4)]
-    value = jax.eval_shape(lambda: batches.mean(problem, problem.like))[0]
-    number = jnp.zeros((), jnp.promote_types(value.dtype, jnp.float32))
-    if key is not None:
-        draw = probes.draw(key, problem.like)
-        # On the sphere, or uniform in the cube.
-        factor = radius / (trees.norm(draw) if norm == "l2" else math.sqrt(3.0))
-        zeros[0], zeros[1] = trees.scale(factor, draw), trees.scale(factor, draw)
-    state = _Ascent(
-        *zeros,
-        most=number - jnp.inf,
-        checked=number - jnp.inf,
-        first=number,
-        slope=number,
-        size=number + 2.0,
-        rises=jnp.int32(0),
-        halved=jnp.bool_(False),
-    )
-    return state if placement is None else jax.lax.with_sharding_constraint(state, _shardings(state, placement))
-
-
-def _shardings(state: _Ascent, placement: tuple[NamedSharding, ...]) -> _Ascent:
-    """What is like the parameters lies as they do, and what is small everywhere."""
-    whole = NamedSharding(placement[0].mesh, PartitionSpec())
-    vectors = jax.tree.unflatten(jax.tree.structure(state.offset), placement)
-    names = ("offset", "previous", "best", "best_slope")
-    return jax.tree.map(lambda _: whole, state).replace(**dict.fromkeys(names, vectors))
-
-
-@jax.jit
-def _ends(problem: batches.BatchOperator, units: PyTree, state: _Ascent) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The loss at the parameters, at the best place and at the last one, by one program."""
-    problem = problem.replace(product=_Height(problem.product.loss))
-    with jax.default_matmul_precision("highest"):
-        places = (problem.like, _moved(problem.like, units, state.best), _moved(problem.like, units, state.offset))
-        base, best, last = (batches.mean(problem, place) for place in places)
-    return base, best, last
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _pair(norm: str, problem: batches.BatchOperator, units: PyTree, key: Key[Array, ""], length) -> jax.Array:
     """The mean loss at the two ends of a random line through the parameters."""
-    problem = problem.replace(product=_Height(problem.product.loss))
+    problem = problem.replace(product=ascents.Height(problem.product.loss))
     uniform = jax.tree.map(lambda leaf: leaf / math.sqrt(3.0), probes.draw(key, problem.like))
     draw = uniform if norm == "linf" else jax.tree.map(lambda u: math.sqrt(2.0) * jax.lax.erf_inv(u), uniform)
     with jax.default_matmul_precision("highest"):
-        ends = [batches.mean(problem, _moved(problem.like, units, draw, sign * length)) for sign in (1.0, -1.0)]
+        ends = [batches.mean(problem, ascents.moved(problem.like, units, draw, sign * length)) for sign in (1.0, -1.0)]
     return 0.5 * (ends[0] + ends[1])
-
-
-def _moved(params: PyTree, units: PyTree, offset: PyTree, factor: Any = 1.0) -> PyTree:
-    return trees.add(params, _times(units, offset), factor)
-
-
-def _times(units: PyTree, tree: PyTree) -> PyTree:
-    return tree if units is None else jax.tree.map(lambda unit, leaf: (unit * leaf).astype(leaf.dtype), units, tree)
-
-
-def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-def _direction(norm: str, slope: PyTree) -> PyTree:
-    """The steepest of unit length; zero where there is no slope."""
-    if norm == "linf":
-        return jax.tree.map(jnp.sign, slope)
-    length = trees.norm(slope)
-    return trees.scale(jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0), slope)
-
-
-def _dual_norm(norm: str, slope: PyTree) -> jax.Array:
-    return sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(slope)) if norm == "linf" else trees.norm(slope)
-
-
-def _project(norm: str, offset: PyTree, radius: jax.Array) -> PyTree:
-    if norm == "linf":
-        return jax.tree.map(lambda leaf: jnp.clip(leaf, -radius, radius).astype(leaf.dtype), offset)
-    length = trees.norm(offset)
-    return trees.scale(jnp.where(length > radius, radius / jnp.where(length > 0, length, 1.0), 1.0), offset)
