@@ -61,7 +61,7 @@ def direction_change(
       features: `features(inputs, *context) -> [examples, dim]`, in float32 or float64. A named function or a frozen dataclass: it
         is a part of the compiled program's key.
       inputs: where the paths start.
-      directions: d, one an input; with ||d||₂ = √D (`random_directions`) t is the root mean square change of a pixel.
+      directions: d, one an input; with ||d||₂ = √D (`line_directions`) t is the root mean square change of a pixel.
       *context: pytrees handed to the features as they are, for example a classifier.
       span: t at the end. Another one compiles nothing.
       steps: of the path, at least 2.
@@ -91,7 +91,7 @@ def sweep(
 
     Statistics over 1,000 directions of 10 images are Kim et al.'s figure 5. One compilation; a host loop calls it for `batch`
     paths at a time, and the last call is filled up with paths that are dropped. Directions are drawn where they are used:
-    those of `random_directions(inputs, keys, count=directions)`. Cost: steps + 1 forward passes a path.
+    those of `line_directions(inputs, keys, count=directions)`. Cost: steps + 1 forward passes a path.
 
     Args:
       features: as in `direction_change`, as are `inputs`, `context`, `span`, `steps` and `clip`.
@@ -168,14 +168,14 @@ def programs_of_close_look(
     return found
 
 
-def random_directions(
+def line_directions(
     inputs: Float[Array, "examples ..."], keys: Key[Array, " examples"], *, count: int
 ) -> Float[Array, "examples directions ..."]:
     """Directions of each input, uniform on the sphere ||d||₂ = √D, D numbers an input; `keys` are random."""
     return _draw_all(count, inputs, keys)
 
 
-def trajectory(
+def feature_path(
     features: Callable,
     inputs: Float[Array, "examples ..."],
     directions: Float[Array, "examples ..."],

@@ -236,7 +236,7 @@ class RepresentationCurvature(study.Study):
         else:
             options = {**path, "directions": self._paths, "batch": self.batch, "mesh": subject.mesh}
             found = representations.sweep(features, start, _fold(keys), layer, **options)
-            directions = representations.random_directions(start, _fold(keys), count=self._close)
+            directions = representations.line_directions(start, _fold(keys), count=self._close)
         kept = ("angles", "noise", "straightness", "linearity")
         return records | {key: np.asarray(getattr(found, key), np.float32) for key in kept}, directions
 
@@ -263,7 +263,7 @@ class RepresentationCurvature(study.Study):
         options = {"steps": self.steps, "clip": self.clip}
 
         def points(origin: jax.Array, direction: jax.Array, span: float) -> np.ndarray:
-            found = representations.trajectory(features, origin, direction, layer, span=span, **options)
+            found = representations.feature_path(features, origin, direction, layer, span=span, **options)
             return np.asarray(mesh.fetch(found), np.float64)
 
         path, pixels = points(inputs, directions, self.span), self._pixels(inputs, directions, self.span)

@@ -100,7 +100,7 @@ def test_helix_and_sphere_have_their_curvature_whatever_the_speed(double):
 
 def test_a_linear_map_goes_straight_and_its_rounding_is_the_noise():
     inputs = jax.random.uniform(jax.random.key(0), (64, 5, 5, 1))
-    directions = curvature.random_directions(inputs, jax.random.split(jax.random.key(1), 64), count=1)[:, 0]
+    directions = curvature.line_directions(inputs, jax.random.split(jax.random.key(1), 64), count=1)[:, 0]
     kernel = make_weights(25, 40, 1)[0]
     for span in (1e-4, 1e-2, 1.0):
         found = curvature.direction_change(linear, inputs, directions, kernel, span=span, steps=10)
@@ -184,7 +184,7 @@ def test_the_sum_of_angles_is_the_integral_of_the_rate(double):
     total = np.trapezoid(np.asarray(rates), dx=3 / 200, axis=0)
     np.testing.assert_allclose(np.sum(found.angles[:, : 3 * 66], axis=1), total, rtol=2e-2)
     # Points that lie on an arc are not on a line: of all the variance, what the principal direction leaves.
-    path = np.asarray(curvature.trajectory(network, inputs, directions, weights, span=1.0, steps=200))
+    path = np.asarray(curvature.feature_path(network, inputs, directions, weights, span=1.0, steps=200))
     for index in range(3):
         values = np.linalg.svd(path[index] - path[index].mean(axis=0), compute_uv=False) ** 2
         np.testing.assert_allclose(found.linearity[index], values[0] / values.sum(), rtol=1e-10)
@@ -229,7 +229,7 @@ def test_the_sweep_is_the_paths_one_by_one_in_one_compilation():
     other = [2 * kernel for kernel in weights]
     curvature.sweep_directions(network, inputs, keys, other, directions=7, batch=4, span=0.1, steps=5)
     assert representations._measure_drawn._cache_size() == before + 1
-    directions = curvature.random_directions(inputs, keys, count=7)
+    directions = curvature.line_directions(inputs, keys, count=7)
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(directions**2, axis=(2, 3, 4))), 1.0, rtol=1e-6)
     starts, flat = np.repeat(inputs, 7, axis=0), np.asarray(directions).reshape(21, *inputs.shape[1:])
     alone = curvature.direction_change(network, starts, flat, weights, **options)
