@@ -49,9 +49,17 @@ IN_DEPTH = (
     "test_auto_attack_study.py",
     "test_boundary_travel.py",
     "test_certificate_study.py",
+    "test_curvature_sharpness.py",
+    "test_hessian_density_study.py",
+    "test_input_curvature_study.py",
+    "test_loss_landscape_study.py",
     "test_physical_studies.py",
+    "test_representation_curvature_study.py",
     "test_sharding_attack_studies.py",
     "test_sharding_attacks.py",
+    "test_sharding_curvature.py",
+    "test_sharding_landscapes.py",
+    "test_sharpness_study.py",
     "test_spatial_attack_study.py",
 )
 

@@ -17,7 +17,7 @@ def _run(*options: str) -> None:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
-        command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=400, check=False
+        command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -42,6 +42,20 @@ class ExampleValues:
     applications: int
     vectors: PyTree | None = None
 
+    def of(self, example: int) -> eigenvalues.Eigenvalues:
+        """What was found for one example, as `robust_vit.curvature.lanczos` returns it; without Ritz values and weights."""
+        vectors = None if self.vectors is None else jax.tree.map(lambda rows: rows[example], self.vectors)
+        return eigenvalues.Eigenvalues(
+            values=self.values[example],
+            residuals=self.residuals[example],
+            converged=self.converged[example],
+            noise=float(self.noise[example]),
+            applications=int(self.steps[example]),
+            ritz=np.zeros(0),
+            weights=np.zeros(0),
+            vectors=vectors,
+        )
+
 
 def lanczos(
     operator: operators.Operator,

@@ -15,7 +15,7 @@ from matplotlib import figure as matplotlib_figure
 from robust_vit import classifier as classifiers
 from robust_vit import curvature, errors, programs, tables, trees
 from robust_vit.metrics import statistics
-from robust_vit.studies import density_figures, forward, hessian_spectrum, spectrum_tables, study
+from robust_vit.studies import density_figures, forward, spectrum_tables, study, training_loss
 
 _PURPOSE = 0x64656E73  # "dens": keeps the probes apart from every other draw under the same seed.
 _EARLY = "early/"
@@ -127,9 +127,7 @@ class HessianDensity(study.Study):
         classifier = classifiers.in_float32(subject.classifier)
         planned = curvature.programs(self._operator(subject, classifier, batch), rank=self.rank)
         planned.append(
-            programs.Program(
-                "loss", hessian_spectrum.value, (classifier, batch), times=1, static=(self._loss(subject),)
-            )
+            programs.Program("loss", training_loss.value, (classifier, batch), times=1, static=(self._loss(subject),))
         )
         times = len(self._steps(subject)) * self.probes
         return [dataclasses.replace(one, times=one.times * times) for one in planned]
@@ -139,9 +137,9 @@ class HessianDensity(study.Study):
         early = subject.early() if self.early else None
         return (None,) if early is None else (early, None)
 
-    def _loss(self, subject: study.Subject) -> hessian_spectrum.MeanLoss:
+    def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
         smoothing = subject.label_smoothing if self.label_smoothing is None else self.label_smoothing
-        return hessian_spectrum.MeanLoss(float(smoothing))
+        return training_loss.MeanLoss(float(smoothing))
 
     def _decay(self, subject: study.Subject) -> float:
         return float(subject.weight_decay if self.weight_decay is None else self.weight_decay)
@@ -178,7 +176,7 @@ class HessianDensity(study.Study):
                 "residuals": np.pad(found.residuals, missing, constant_values=np.nan),
                 "noise": np.float64(found.noise),
                 "applications": np.int32(found.applications),
-                "loss": np.float64(hessian_spectrum.value(self._loss(subject), classifier, inputs)),
+                "loss": np.float64(training_loss.value(self._loss(subject), classifier, inputs)),
             }
             if step is not None:
                 measured["step"] = np.int32(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -13,31 +13,16 @@ import numpy as np
 from matplotlib import figure as matplotlib_figure
 
 from robust_vit import classifier as classifiers
-from robust_vit import curvature, errors, losses, programs, tables, trees
+from robust_vit import curvature, errors, programs, tables, trees
+from robust_vit.curvature import per_example
 from robust_vit.metrics import statistics
-from robust_vit.studies import forward, spectrum_figures, spectrum_tables, study
+from robust_vit.studies import forward, spectrum_figures, spectrum_tables, study, training_loss
 
 _PURPOSE = 0x68657373  # "hess": keeps the starting vectors apart from every other draw under the same seed.
 _CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
 _EARLY = "early/"  # Before the names of the records of the early phase.
 # Settings that came later: left out of `settings()` where they are off, so that an older result still answers the same question.
-_LATER = ("early", "overlaps", "blocks")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanLoss:
-    """Mean cross-entropy of a mini-batch in nats, in evaluation mode; equal for equal smoothing, so compiled once.
-
-    Attributes:
-      smoothing: label smoothing of the training objective.
-    """
-
-    smoothing: float = 0.0
-
-    def __call__(self, params: Any, batch: Mapping[str, jax.Array], classifier: Any) -> jax.Array:
-        """The loss of `classifier` with other parameters."""
-        logits = classifier.with_params(params)(batch["image"])
-        return jnp.mean(losses.cross_entropy(logits, batch["label"], smoothing=self.smoothing))
+_LATER = {"early": False, "overlaps": False, "blocks": False, "together": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +53,8 @@ class HessianSpectrum(study.Study):
       overlaps: keep the eigenvectors in memory for how far the top eigenspaces of two mini-batches in a row agree, and those of
         one mini-batch early and at the end (Gur-Ari et al. 2018, arXiv 1812.04754); no further products.
       blocks: the eigenvalue of largest magnitude in each block of the parameters as well; `rank` products a block at most.
+      together: mini-batches solved in lock-step, a chunk; several devices share them. Where one mini-batch does not fill an
+        accelerator it pays, on a CPU it does not. Divides `mini_batches`.
     """
 
     name: ClassVar[str] = "hessian_spectrum"
@@ -104,19 +91,26 @@ class HessianSpectrum(study.Study):
     early: bool = False
     overlaps: bool = False
     blocks: bool = False
+    together: int = 1
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch", "mini_batches", "top", "rank"):
+        for name in ("batch", "mini_batches", "top", "rank", "together"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 # The mini-batch is what is measured, so memory cannot choose it: it chooses the part differentiated at a time.
                 hint = ' (microbatch="auto" is what saves memory here)' if value == programs.AUTO else ""
                 raise errors.UserError(f"{name} is {value!r}: expected a whole number from 1{hint}.")
+        if self.mini_batches % self.together:
+            raise errors.UserError(
+                f"together is {self.together} for {self.mini_batches} mini-batches: expected a divisor of their number."
+            )
 
     def settings(self) -> dict[str, Any]:
         """As of every study; what came later is left out where it is off."""
-        return {name: value for name, value in super().settings().items() if value is not False or name not in _LATER}
+        return {
+            name: value for name, value in super().settings().items() if name not in _LATER or value != _LATER[name]
+        }
 
     def looks_back(self, subject: study.Subject) -> tuple[int, ...]:
         """The early step, where it is asked for and there is one."""
@@ -131,9 +125,9 @@ class HessianSpectrum(study.Study):
         return None
 
     def chunks(self, subject: study.Subject) -> int:
-        """One a mini-batch."""
+        """One a mini-batch, or a group of them in lock-step."""
         del subject
-        return self.mini_batches
+        return self.mini_batches // self.together
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """At most: each Hessian-vector product counts as two forward and two backward passes an image; the loss is one more."""
@@ -160,13 +154,19 @@ class HessianSpectrum(study.Study):
         loss = self._loss(subject)
         operator = self._operator(subject, classifier, batch)
         check_every = min(_CHECK_EVERY, self.rank)
-        planned = curvature.programs(operator, rank=self.rank, check_every=check_every)
+        if self.together == 1:
+            planned = curvature.programs(operator, rank=self.rank, check_every=check_every)
+        else:
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.together))
+            stacked = curvature.together([operator] * self.together, mesh=subject.mesh)
+            steps = per_example.planned(stacked, keys, rank=self.rank, check_every=check_every)
+            planned = [dataclasses.replace(one, times=one.times / self.together) for one in steps]
         if self.blocks:
             subsets = curvature.parameter_blocks(classifier.params)
             inside = curvature.within(operator, next(iter(subsets.values())))
             steps = curvature.programs(inside, rank=self.rank, check_every=check_every)
             planned += [dataclasses.replace(one, times=one.times * len(subsets)) for one in steps]
-        planned.append(programs.Program("loss", value, (classifier, batch), times=1, static=(loss,)))
+        planned.append(programs.Program("loss", training_loss.value, (classifier, batch), times=1, static=(loss,)))
         times = len(self._steps(subject)) * self.mini_batches
         return [dataclasses.replace(one, times=one.times * times) for one in planned]
 
@@ -175,8 +175,10 @@ class HessianSpectrum(study.Study):
         early = subject.early() if self.early else None
         return (None,) if early is None else (early, None)
 
-    def _loss(self, subject: study.Subject) -> MeanLoss:
-        return MeanLoss(float(subject.label_smoothing if self.label_smoothing is None else self.label_smoothing))
+    def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
+        return training_loss.MeanLoss(
+            float(subject.label_smoothing if self.label_smoothing is None else self.label_smoothing)
+        )
 
     def _decay(self, subject: study.Subject) -> float:
         return float(subject.weight_decay if self.weight_decay is None else self.weight_decay)
@@ -191,7 +193,11 @@ class HessianSpectrum(study.Study):
         return curvature.hessian(loss, classifier.params, batch, classifier, **options)
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
-        """Eigenvalues, residuals and the loss of one mini-batch: one record."""
+        """Eigenvalues, residuals and the loss of each mini-batch: one record of one."""
+        first = index * self.together
+        return study.merge([self._record(subject, first + number) for number in range(self.together)])
+
+    def _record(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         batch = forward.training_examples(subject.train, index * self.batch, self.batch)
         records = {
             "row": np.asarray([index], np.int32),
@@ -228,6 +234,7 @@ class HessianSpectrum(study.Study):
             records[f"{study.EXHIBIT}blocks"] = np.asarray(list(curvature.parameter_blocks(subject.classifier.params)))
         if index == self.mini_batches - 1:
             _recent.cache_clear()
+            _group.cache_clear()
         return records
 
     def _measured(
@@ -239,28 +246,39 @@ class HessianSpectrum(study.Study):
     def _measure(
         self, subject: study.Subject, step: int | None, index: int
     ) -> tuple[curvature.Eigenvalues, dict[str, np.ndarray]]:
-        batch = forward.training_examples(subject.train, index * self.batch, self.batch)
+        if self.together > 1:
+            return _group(self, subject, step, index // self.together)[index % self.together]
+        return self._solve(subject, step, [index])[0]
+
+    def _solve(
+        self, subject: study.Subject, step: int | None, indices: Sequence[int]
+    ) -> list[tuple[curvature.Eigenvalues, dict[str, np.ndarray]]]:
+        """The spectra of mini-batches, in lock-step where they are several, and what else is measured of each."""
         # Half precision would make every small eigenvalue noise, so the float32 twin is what is differentiated.
         classifier = classifiers.in_float32(subject.classifier if step is None else subject.past(step))
-        inputs = subject.put({"image": batch["image"], "label": batch["label"]})
-        operator = self._operator(subject, classifier, inputs)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index)
-        solve = functools.partial(
-            curvature.lanczos,
-            key=key,
-            rank=self.rank,
-            tolerance=self.tolerance,
-            check_every=min(_CHECK_EVERY, self.rank),
-        )
-        found = solve(operator, top=self.top, vectors=self.overlaps)
-        more = {"loss": np.float64(value(self._loss(subject), classifier, inputs))}
+        inputs, keys = [], []
+        for index in indices:
+            batch = forward.training_examples(subject.train, index * self.batch, self.batch)
+            inputs.append(subject.put({"image": batch["image"], "label": batch["label"]}))
+            keys.append(jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index))
+        operators = [self._operator(subject, classifier, batch) for batch in inputs]
+        options = {"rank": self.rank, "tolerance": self.tolerance, "check_every": min(_CHECK_EVERY, self.rank)}
+        if len(indices) == 1:
+            found = [curvature.lanczos(operators[0], keys[0], top=self.top, vectors=self.overlaps, **options)]
+        else:
+            stacked = curvature.together(operators, mesh=subject.mesh)
+            several = jax.numpy.stack(keys)
+            each = curvature.example_eigenvalues(stacked, several, top=self.top, vectors=self.overlaps, **options)
+            found = [each.of(number) for number in range(len(indices))]
+        more = [{"loss": np.float64(training_loss.value(self._loss(subject), classifier, batch))} for batch in inputs]
         if self.blocks:
             subsets = curvature.parameter_blocks(classifier.params).values()
-            tops = [solve(curvature.within(operator, subset), top=1) for subset in subsets]
-            for name in ("values", "residuals", "converged"):
-                more[f"blocks/{name}"] = np.concatenate([getattr(top, name) for top in tops])
-            more["blocks/applications"] = np.int32(sum(top.applications for top in tops))
-        return found, more
+            for operator, key, entry in zip(operators, keys, more, strict=True):
+                tops = [curvature.lanczos(curvature.within(operator, one), key, top=1, **options) for one in subsets]
+                for name in ("values", "residuals", "converged"):
+                    entry[f"blocks/{name}"] = np.concatenate([getattr(top, name) for top in tops])
+                entry["blocks/applications"] = np.int32(sum(top.applications for top in tops))
+        return list(zip(found, more, strict=True))
 
     def summarise(self, records: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """NEP, APE and the largest eigenvalue of each phase, and what agrees of them, with intervals over mini-batches."""
@@ -376,17 +394,18 @@ class HessianSpectrum(study.Study):
         return compared
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def value(loss: MeanLoss, classifier: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The mean loss of a batch, compiled once for equal losses. One forward pass."""
-    return loss(classifier.params, batch, classifier)
-
-
 @functools.lru_cache(maxsize=4)  # A mini-batch and the one before it, each in two phases.
 def _recent(
     asked: HessianSpectrum, subject: study.Subject, step: int | None, index: int
 ) -> tuple[curvature.Eigenvalues, dict[str, np.ndarray]]:
     return asked._measure(subject, step, index)
+
+
+@functools.lru_cache(maxsize=2)  # A group in two phases.
+def _group(
+    asked: HessianSpectrum, subject: study.Subject, step: int | None, number: int
+) -> list[tuple[curvature.Eigenvalues, dict[str, np.ndarray]]]:
+    return asked._solve(subject, step, range(number * asked.together, (number + 1) * asked.together))
 
 
 def _interval(values: np.ndarray) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from robust_vit.curvature import directions, landscapes, surfaces
 from robust_vit.metrics import statistics
 from robust_vit.studies import (
     forward,
-    hessian_spectrum,
     landscape_figures,
     landscape_numbers,
     landscape_planes,
     landscape_report,
     study,
+    training_loss,
 )
 
 _PURPOSE = 0x6C616E64  # "land": keeps the directions apart from every other draw under the same seed.
@@ -227,7 +227,7 @@ class LossLandscape(study.Study):
         return float(subject.weight_decay if self.weight_decay is None else self.weight_decay)
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
-        loss = hessian_spectrum.MeanLoss(self._smoothing(subject))
+        loss = training_loss.MeanLoss(self._smoothing(subject))
         decay = self._decay(subject) if self.l2 else 0.0
         options = {"microbatch": self.microbatch, "weight_decay": decay, "separable": False}
         return curvature.hessian(loss, classifier.params, batch, classifier, **options)

@@ -13,38 +13,17 @@ import numpy as np
 from matplotlib import figure as matplotlib_figure
 
 from robust_vit import classifier as classifiers
-from robust_vit import curvature, errors, losses, mesh, programs, tables, trees
+from robust_vit import curvature, errors, mesh, programs, tables, trees
 from robust_vit.curvature import operators
 from robust_vit.curvature import sharpness as solvers
 from robust_vit.metrics import statistics
-from robust_vit.studies import forward, sharpness_figures, study
+from robust_vit.studies import forward, sharpness_figures, study, training_loss
 
 _PURPOSE = 0x73686172  # "shar": keeps the draws apart from every other draw under the same seed.
 _CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
 _OVER = "mini-batches"
 KINDS = {"raw": "raw", "adaptive": "adaptive"}
 MEASURES = {"worst": "worst case", "one_step": "one step"}
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanLoss:
-    """Mean cross-entropy of a mini-batch in nats, in evaluation mode; equal for equal settings, so compiled once.
-
-    Attributes:
-      smoothing: label smoothing.
-      normalised: logits are centred and divided by their norm first, example by example.
-    """
-
-    smoothing: float = 0.0
-    normalised: bool = False
-
-    def __call__(self, params: Any, batch: Mapping[str, jax.Array], classifier: Any) -> jax.Array:
-        """The loss of `classifier` with other parameters."""
-        logits = classifier.with_params(params)(batch["image"])
-        if self.normalised:
-            logits = logits - jnp.mean(logits, axis=-1, keepdims=True)
-            logits = logits / jnp.maximum(jnp.linalg.norm(logits, axis=-1, keepdims=True), 1e-10)
-        return jnp.mean(losses.cross_entropy(logits, batch["label"], smoothing=self.smoothing))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,9 +167,9 @@ class Sharpness(study.Study):
     def _kinds(self) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
         return {"raw": (self.radii, self.spreads), "adaptive": (self.adaptive_radii, self.adaptive_spreads)}
 
-    def _loss(self, subject: study.Subject) -> MeanLoss:
+    def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
         smoothing = subject.label_smoothing if self.label_smoothing is None else self.label_smoothing
-        return MeanLoss(float(smoothing), bool(self.normalised))
+        return training_loss.MeanLoss(float(smoothing), bool(self.normalised))
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array], kind: str) -> Any:
         options = {"microbatch": self.microbatch, "separable": False}  # In evaluation mode it is one.

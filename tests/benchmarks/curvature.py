@@ -25,9 +25,9 @@ from PIL import Image
 
 from robust_vit import classifier, command_line, curvature, models, trees
 from robust_vit import data as datasets
-from robust_vit.studies import hessian_spectrum
+from robust_vit.studies import training_loss
 
-LOSS = hessian_spectrum.MeanLoss()
+LOSS = training_loss.MeanLoss()
 TOP, STEPS, TOLERANCE = 5, 100, 1e-3
 KEY = jax.random.key(0)
 

@@ -11,11 +11,11 @@ import pytest
 
 from robust_vit import classifier, collectives, curvature, loops, mesh, models, trees
 from robust_vit.curvature import batches, krylov, per_example
-from robust_vit.studies import hessian_spectrum
+from robust_vit.studies import training_loss
 
 IMAGES, RANK = 16, 12
 KEY = jax.random.key(0)
-LOSS = hessian_spectrum.MeanLoss()
+LOSS = training_loss.MeanLoss()
 
 
 @functools.cache

@@ -11,7 +11,16 @@ import pytest
 from robust_vit import classifier, studies
 
 # Studies whose programs take longest to compile: `-m slow` runs what holds of every study for them.
-LONGEST = {"auto_attack", "boundary_travel", "certificate", "patch_attack", "physical_attack", "spatial_attack"}
+LONGEST = {
+    "auto_attack",
+    "boundary_travel",
+    "certificate",
+    "input_curvature",
+    "patch_attack",
+    "physical_attack",
+    "sharpness",
+    "spatial_attack",
+}
 
 
 def each_study() -> list:

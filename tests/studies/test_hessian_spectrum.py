@@ -247,3 +247,34 @@ def test_the_plan_holds_every_phase_and_block(subject):
     assert [one.times for one in (spectrum, value)] == [2 * one.times for one in plain.programs(past)]
     assert study.programs(past)[1].times == 2 * spectrum.times
     assert reads == []
+
+
+@pytest.mark.parametrize("options", [{}, {"early": True, "overlaps": True, "blocks": True}])
+def test_mini_batches_in_lock_step_are_those_one_by_one(subject, options):
+    if options:
+        params = jax.tree.map(lambda leaf: 0.5 * leaf, subject.classifier.params)
+        subject = dataclasses.replace(subject, history={3: lambda: params})
+    settings = {"batch": 8, "mini_batches": 4, "top": 3, "rank": 20, **options}
+    alone = studies.build("hessian_spectrum", **settings)
+    assert "together" not in alone.settings()  # As before there was a choice.
+    study = studies.build("hessian_spectrum", together=2, **settings)
+    assert (alone.chunks(subject), study.chunks(subject)) == (4, 2)
+    found, expected = study.run(subject).records, alone.run(subject).records
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        scale = np.abs(values).max() if values.dtype.kind == "f" and np.isfinite(values).any() else 1.0
+        if name.endswith(("residuals", "applications", "noise")):
+            continue  # Of the same size, but what rounding makes of them.
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(found[name], values, atol=2e-5 * max(np.nanmax(np.abs(values)), scale, 1e-3))
+        else:
+            np.testing.assert_array_equal(found[name], values)
+    with pytest.raises(errors.UserError, match="together is 3 for 4 mini-batches"):
+        studies.build("hessian_spectrum", together=3, **settings)
+
+
+def test_the_programs_of_lock_step_are_planned(subject):
+    study = studies.build("hessian_spectrum", batch=8, mini_batches=4, rank=20, together=4)
+    steps, loss = study.programs(subject)
+    assert steps.times == 2  # Ten steps to a look, for all four at once.
+    assert loss.times == 4

@@ -12,7 +12,7 @@ import pytest
 from conftest import linear, make_subject
 
 from robust_vit import classifier, errors, losses, studies
-from robust_vit.studies import sharpness
+from robust_vit.studies import training_loss
 
 SETTINGS = {
     "batch": 8,
@@ -76,7 +76,7 @@ def test_normalised_logits_know_no_scale():
     batch = {"image": jnp.asarray(subject.train.images[:8]), "label": jnp.asarray(subject.train.labels[:8])}
     louder = jax.tree.map(lambda leaf: 10.0 * leaf, subject.classifier.params)
     values = [
-        float(sharpness.MeanLoss(normalised=normalised)(params, batch, subject.classifier))
+        float(training_loss.MeanLoss(normalised=normalised)(params, batch, subject.classifier))
         for normalised in (True, False)
         for params in (subject.classifier.params, louder)
     ]
