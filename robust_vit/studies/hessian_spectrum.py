@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
@@ -118,11 +117,7 @@ class HessianSpectrum(study.Study):
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs parameters and a training stream."""
-        if not jax.tree.leaves(subject.classifier.params):
-            return "the model was wrapped without its variables, so its loss has no parameters to curve in"
-        if subject.train is None:
-            return "there are no training images: the spectrum is that of the training loss"
-        return None
+        return training_loss.unavailable(subject)
 
     def chunks(self, subject: study.Subject) -> int:
         """One a mini-batch, or a group of them in lock-step."""
@@ -143,13 +138,7 @@ class HessianSpectrum(study.Study):
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Lanczos over the Hessian of a mini-batch, and of one block of it, and its loss."""
-        shape = (
-            subject.train.image_shape if hasattr(subject.train, "image_shape") else forward.images(subject, 1).shape[1:]
-        )
-        batch = {
-            "image": subject.shape((self.batch, *shape), jnp.float32),
-            "label": subject.shape((self.batch,), jnp.int32),
-        }
+        batch = training_loss.batch_shapes(subject, self.batch)
         classifier = classifiers.in_float32(subject.classifier)
         loss = self._loss(subject)
         operator = self._operator(subject, classifier, batch)

@@ -163,10 +163,9 @@ class LossLandscape(study.Study):
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs parameters and a training stream, and for a trajectory two checkpoints."""
-        if not jax.tree.leaves(subject.classifier.params):
-            return "the model was wrapped without its variables, so there are no weights to change"
-        if subject.train is None:
-            return "there are no training images: the landscape is that of the training loss"
+        reason = training_loss.unavailable(subject)
+        if reason is not None:
+            return reason
         if self.plane == "trajectory" and len(subject.history) < 2:
             return (
                 f"the run keeps {len(subject.history)} checkpoints of its training and a trajectory needs two or more: train it "
@@ -203,13 +202,7 @@ class LossLandscape(study.Study):
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Lanczos for eigenvectors, and the losses of a block of points."""
-        shape = (
-            subject.train.image_shape if hasattr(subject.train, "image_shape") else forward.images(subject, 1).shape[1:]
-        )
-        batch = {
-            "image": subject.shape((self.examples, *shape), jnp.float32),
-            "label": subject.shape((self.examples,), jnp.int32),
-        }
+        batch = training_loss.batch_shapes(subject, self.examples)
         classifier = classifiers.in_float32(subject.classifier)
         found = []
         if self.plane == "eigenvectors":

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib import figure as matplotlib_figure
 
@@ -112,11 +111,7 @@ class Sharpness(study.Study):
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs parameters and a training stream."""
-        if not jax.tree.leaves(subject.classifier.params):
-            return "the model was wrapped without its variables, so its loss has no parameters to move"
-        if subject.train is None:
-            return "there are no training images: the sharpness is that of the training loss"
-        return None
+        return training_loss.unavailable(subject)
 
     def chunks(self, subject: study.Subject) -> int:
         """One a mini-batch."""
@@ -140,11 +135,7 @@ class Sharpness(study.Study):
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Ascents, random perturbations and Lanczos, raw and adaptive."""
-        shape = getattr(subject.train, "image_shape", None) or forward.images(subject, 1).shape[1:]
-        batch = {
-            "image": subject.shape((self.batch, *shape), jnp.float32),
-            "label": subject.shape((self.batch,), jnp.int32),
-        }
+        batch = training_loss.batch_shapes(subject, self.batch)
         classifier, loss, found = classifiers.in_float32(subject.classifier), self._loss(subject), []
         for kind, (radii, spreads) in self._kinds().items():
             options = {"steps": self.steps, "pairs": self.pairs, "norm": self.norm, "microbatch": self.microbatch}

@@ -1,4 +1,4 @@
-"""The training loss as studies of its curvature differentiate it: the mean over a mini-batch, in evaluation mode."""
+"""The training loss as studies of its curvature see it: the mean over a mini-batch, in evaluation mode, and what it needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_vit import losses
+from robust_vit.studies import forward, study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +39,18 @@ class MeanLoss:
 def value(loss: MeanLoss, classifier: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The mean loss of a batch, compiled once for equal losses. One forward pass."""
     return loss(classifier.params, batch, classifier)
+
+
+def unavailable(subject: study.Subject) -> str | None:
+    """Why the subject has no training loss that its parameters could be moved in, in a sentence; None where it has."""
+    if not jax.tree.leaves(subject.classifier.params):
+        return "the model was wrapped without its variables, so its training loss has no parameters to move in"
+    if subject.train is None:
+        return "there are no training images: what is asked is of the training loss"
+    return None
+
+
+def batch_shapes(subject: study.Subject, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a mini-batch of the training stream, for planning."""
+    shape = getattr(subject.train, "image_shape", None) or forward.images(subject, 1).shape[1:]
+    return {"image": subject.shape((count, *shape), jnp.float32), "label": subject.shape((count,), jnp.int32)}
