@@ -141,9 +141,14 @@ def exact(case: Case, probes: int, rank: int) -> None:
         end="",
     )
     print(f"{trace:.6f} ({abs(trace / wide_trace - 1):.1e}), torch's {other:.6f} ({abs(trace / other - 1):.1e}).")
-    count = next(n for n in range(2, probes + 1) if n == probes or _stops(their_forms[:n]))
-    stopped = float(np.mean(their_forms[:count]))
-    print(f"PyHessian's trace stops after {count} vectors, at {stopped:.4f}: {abs(stopped / wide_trace - 1):.1%} away.")
+    count = next((n for n in range(2, probes + 1) if _stops(their_forms[:n])), None)
+    if count is None:
+        print(f"PyHessian's rule for the trace does not stop within {probes} vectors.")
+    else:
+        stopped = float(np.mean(their_forms[:count]))
+        print(
+            f"PyHessian's rule stops after {count} vectors, at {stopped:.4f}: {abs(stopped / wide_trace - 1):.1%} away."
+        )
     print(
         f"Products: {found.applications} by Lanczos, {power.applications} and {theirs['products']} by PyHessian's rule."
     )
