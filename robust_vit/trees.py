@@ -29,6 +29,12 @@ def scale(factor: jax.Array | float, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), tree)
 
 
+def unit(tree: PyTree) -> PyTree:
+    """The tree at Euclidean length one; zero where it has no length."""
+    length = norm(tree)
+    return scale(jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0), tree)
+
+
 def add(left: PyTree, right: PyTree, factor: jax.Array | float = 1.0) -> PyTree:
     """`left + factor * right`, each leaf in the dtype of `left`."""
     return jax.tree.map(lambda a, b: (a + factor * b).astype(a.dtype), left, right)

@@ -200,8 +200,7 @@ def _direction(norm: str, slope: PyTree) -> PyTree:
     """The steepest of unit length; zero where there is no slope."""
     if norm == "linf":
         return jax.tree.map(jnp.sign, slope)
-    length = trees.norm(slope)
-    return trees.scale(jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0), slope)
+    return trees.unit(slope)
 
 
 def _dual_norm(norm: str, slope: PyTree) -> jax.Array:

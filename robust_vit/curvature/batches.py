@@ -84,6 +84,18 @@ def assemble(
     """`build` without a look at whether the product can be formed, so that it need be no linear map: see `mean`."""
     chosen, rest = subsets.select(params, subset)
     subsets.check(chosen)
+    size = check_examples(batch, microbatch)
+    microbatch = None if size == np.shape(jax.tree.leaves(batch)[0])[0] else size
+    shift = weight_decay if isinstance(weight_decay, jax.Array) else np.asarray(weight_decay, jnp.result_type(float))
+    return BatchOperator(chosen, rest, batch, context, shift, product=product, microbatch=microbatch)
+
+
+def check_examples(batch: PyTree, microbatch: int | None) -> int:
+    """How many examples of the batch are taken at a time.
+
+    Raises:
+      UserError: leaves of several leading sizes, or a microbatch below one.
+    """
     sizes = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise errors.UserError(
@@ -93,10 +105,8 @@ def assemble(
         raise errors.UserError(
             f"microbatch is {microbatch}: expected a whole number from 1, or None for the whole batch."
         )
-    if microbatch is not None and microbatch >= sizes.pop():
-        microbatch = None
-    shift = weight_decay if isinstance(weight_decay, jax.Array) else np.asarray(weight_decay, jnp.result_type(float))
-    return BatchOperator(chosen, rest, batch, context, shift, product=product, microbatch=microbatch)
+    examples = sizes.pop()
+    return min(microbatch or examples, examples)
 
 
 def check_separable(loss: Callable, params: PyTree, batch: PyTree, context: tuple) -> None:

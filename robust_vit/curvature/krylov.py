@@ -262,8 +262,7 @@ def absorb(krylov: Krylov, images: PyTree) -> Krylov:
 
 @jax.jit
 def _begin(krylov: Krylov, first: PyTree) -> Krylov:
-    lengths = jax.vmap(trees.norm)(first)
-    unit = jax.vmap(trees.scale)(jnp.where(lengths > 0, 1.0 / jnp.where(lengths > 0, lengths, 1.0), 0.0), first)
+    unit = jax.vmap(trees.unit)(first)
     _, _, unit = bases.orthonormalise(krylov.basis, unit, jnp.ones_like(krylov.scale))
     return krylov.replace(following=unit)
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from robust_vit import errors, loops, programs
 from robust_vit import mesh as meshes
 from robust_vit.curvature import bases
+from robust_vit.curvature import batches as batches_lib
 from robust_vit.curvature import directions as directions_lib
 
 PyTree = Any
@@ -203,7 +204,7 @@ def _sweeps(
         )
     if not np.isfinite(coordinates).all():
         raise errors.UserError("a coordinate is not finite: the weights have no such place.")
-    size = _batch_size(batch, microbatch)
+    size = batches_lib.check_examples(batch, microbatch)
     step = _Step(loss, mesh)
     devices = mesh.size if mesh is not None and _spreads(mesh) else 1
     rounds = -(-len(coordinates) // devices)
@@ -221,21 +222,6 @@ def _sweeps(
         operands = placed, params, directions, part, context
         found.append(_Sweep(step, state, rounds * count, operands, count, examples))
     return found
-
-
-def _batch_size(batch: PyTree, microbatch: int | None) -> int:
-    """Examples at a time."""
-    sizes = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
-        raise errors.UserError(
-            f"the leaves of the batch have leading sizes {sorted(map(str, sizes))}: expected one size, at least 1, for all."
-        )
-    examples = sizes.pop()
-    if microbatch is not None and microbatch < 1:
-        raise errors.UserError(
-            f"microbatch is {microbatch}: expected a whole number from 1, or None for the whole batch."
-        )
-    return min(microbatch or examples, examples)
 
 
 def _microbatches(batch: PyTree, size: int, sharding: NamedSharding | None) -> Sequence[PyTree]:

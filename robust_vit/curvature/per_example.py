@@ -304,9 +304,4 @@ def _residuals(operator: operators.Operator, vectors: PyTree, values: np.ndarray
 def _patterns(jacobian: jacobians.Jacobian, vectors: PyTree) -> PyTree:
     """`J'u` of unit length for each of `[batch, top, ...]`; zero where the singular value is."""
     pulled = jax.vmap(jacobian.transposed, in_axes=1, out_axes=1)(vectors)
-
-    def normalised(vector: PyTree) -> PyTree:
-        length = trees.norm(vector)
-        return trees.scale(jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0), vector)
-
-    return jax.vmap(jax.vmap(normalised))(pulled)
+    return jax.vmap(jax.vmap(trees.unit))(pulled)

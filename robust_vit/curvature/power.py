@@ -112,5 +112,4 @@ def _measures(vector: PyTree, image: PyTree) -> tuple[jax.Array, jax.Array, jax.
 def _normalised(vector: PyTree, found: PyTree) -> PyTree:
     """The unit vector of what is outside of those found; zero where nothing is."""
     _, vector = bases.orthogonalise_twice(found, vector)
-    length = trees.norm(vector)
-    return trees.scale(jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0), vector)
+    return trees.unit(vector)

@@ -124,6 +124,5 @@ def _named(vectors: PyTree) -> list[tuple[str, Any]]:
 def _projections(first: PyTree, second: PyTree) -> tuple[jax.Array, jax.Array]:
     """The sum of the squared inner products of two orthonormal bases, and how many vectors the first has."""
     first, second = bases.orthonormal(first), bases.orthonormal(second)
-    products = jax.vmap(lambda vector: bases.inner(second, vector))(first)
     lengths = jax.vmap(trees.norm)(first)
-    return jnp.sum(products**2), jnp.sum(lengths > 0.5)
+    return jnp.sum(bases.products(first, second) ** 2), jnp.sum(lengths > 0.5)

@@ -120,12 +120,14 @@ def _xtrace(operator, key, samples: int, block: int) -> estimates.Estimate:
     basis = bases.orthonormal(sketch)
     rows = [slice(begin, begin + block) for begin in range(0, half, block)]
     # In the basis, with a column a sample: its image, itself, and the operator.
-    images = [_cross(basis, jax.tree.map(lambda leaf, r=part: leaf[r], sketch)) for part in rows]
-    vectors = [_cross(basis, _signs(jax.random.fold_in(key, part.start), operator.like, block)) for part in rows]
+    images = [bases.products(basis, jax.tree.map(lambda leaf, r=part: leaf[r], sketch)) for part in rows]
+    vectors = [
+        bases.products(basis, _signs(jax.random.fold_in(key, part.start), operator.like, block)) for part in rows
+    ]
     inside = []
     for part in rows:
         chosen = jax.tree.map(lambda leaf, r=part: leaf[r], basis)
-        inside.append(_cross(basis, _apply_block(operator, chosen)))
+        inside.append(bases.products(basis, _apply_block(operator, chosen)))
     triangle, weights, matrix = (
         np.concatenate([np.asarray(one, np.float64) for one in parts], axis=1) for parts in (images, vectors, inside)
     )
@@ -178,12 +180,6 @@ def _vmapped(operator: operators.Operator, vectors: PyTree) -> PyTree:
 @jax.jit
 def _row_products(left: PyTree, right: PyTree) -> jax.Array:
     return jax.vmap(trees.dot)(left, right)
-
-
-@jax.jit
-def _cross(basis: PyTree, vectors: PyTree) -> jax.Array:
-    """Inner products `[rows of the basis, vectors]`."""
-    return jax.vmap(bases.inner, in_axes=(None, 0), out_axes=1)(basis, vectors)
 
 
 @jax.jit

@@ -89,7 +89,7 @@ class HessianDensity(study.Study):
 
     def looks_back(self, subject: study.Subject) -> tuple[int, ...]:
         """The early step, where it is asked for and there is one."""
-        return tuple(step for step in self._steps(subject) if step is not None)
+        return tuple(step for step in training_loss.phases(subject, self.early) if step is not None)
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs parameters and a training stream."""
@@ -102,7 +102,7 @@ class HessianDensity(study.Study):
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """A product counts as two forward and two backward passes an image; the loss is one more."""
-        spectra = len(self._steps(subject)) * self.probes
+        spectra = len(training_loss.phases(subject, self.early)) * self.probes
         rank = min(self.rank, trees.count(subject.classifier.params))
         products = 2 * spectra * rank * self.batch
         return products + spectra * self.batch, products
@@ -120,20 +120,14 @@ class HessianDensity(study.Study):
         planned.append(
             programs.Program("loss", training_loss.value, (classifier, batch), times=1, static=(self._loss(subject),))
         )
-        times = len(self._steps(subject)) * self.probes
+        times = len(training_loss.phases(subject, self.early)) * self.probes
         return [dataclasses.replace(one, times=one.times * times) for one in planned]
 
-    def _steps(self, subject: study.Subject) -> tuple[int | None, ...]:
-        """What is measured: the judged model (None), and before it the early step, where it is asked for and there is one."""
-        early = subject.early() if self.early else None
-        return (None,) if early is None else (early, None)
-
     def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
-        smoothing = subject.label_smoothing if self.label_smoothing is None else self.label_smoothing
-        return training_loss.MeanLoss(float(smoothing))
+        return training_loss.MeanLoss(training_loss.smoothing(subject, self.label_smoothing))
 
     def _decay(self, subject: study.Subject) -> float:
-        return float(subject.weight_decay if self.weight_decay is None else self.weight_decay)
+        return training_loss.decay(subject, self.weight_decay)
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
         options = {"microbatch": self.microbatch, "weight_decay": self._decay(subject)}
@@ -154,9 +148,8 @@ class HessianDensity(study.Study):
             "weight_decay": np.asarray([self._decay(subject)], np.float64),
             "parameters": np.asarray([trees.count(subject.classifier.params)], np.int64),
         }
-        for step in self._steps(subject):
-            # Half precision would make every small eigenvalue noise, so the float32 twin is what is differentiated.
-            classifier = classifiers.in_float32(subject.classifier if step is None else subject.past(step))
+        for step in training_loss.phases(subject, self.early):
+            classifier = training_loss.model(subject, step)
             operator = self._operator(subject, classifier, inputs)
             # All Ritz values, so that each has a residual.
             found = curvature.lanczos(operator, key, rank=self.rank, top=self.rank, which="smallest")

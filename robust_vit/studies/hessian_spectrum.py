@@ -113,7 +113,7 @@ class HessianSpectrum(study.Study):
 
     def looks_back(self, subject: study.Subject) -> tuple[int, ...]:
         """The early step, where it is asked for and there is one."""
-        return tuple(step for step in self._steps(subject) if step is not None)
+        return tuple(step for step in training_loss.phases(subject, self.early) if step is not None)
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs parameters and a training stream."""
@@ -126,7 +126,7 @@ class HessianSpectrum(study.Study):
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """At most: each Hessian-vector product counts as two forward and two backward passes an image; the loss is one more."""
-        spectra = len(self._steps(subject)) * self.mini_batches
+        spectra = len(training_loss.phases(subject, self.early)) * self.mini_batches
         solved = 1 + (len(curvature.parameter_blocks(subject.classifier.params)) if self.blocks else 0)
         products = 2 * spectra * solved * self.rank * self.batch
         return products + spectra * self.batch, products
@@ -156,21 +156,14 @@ class HessianSpectrum(study.Study):
             steps = curvature.programs(inside, rank=self.rank, check_every=check_every)
             planned += [dataclasses.replace(one, times=one.times * len(subsets)) for one in steps]
         planned.append(programs.Program("loss", training_loss.value, (classifier, batch), times=1, static=(loss,)))
-        times = len(self._steps(subject)) * self.mini_batches
+        times = len(training_loss.phases(subject, self.early)) * self.mini_batches
         return [dataclasses.replace(one, times=one.times * times) for one in planned]
 
-    def _steps(self, subject: study.Subject) -> tuple[int | None, ...]:
-        """What is measured: the judged model (None), and before it the early step, where it is asked for and there is one."""
-        early = subject.early() if self.early else None
-        return (None,) if early is None else (early, None)
-
     def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
-        return training_loss.MeanLoss(
-            float(subject.label_smoothing if self.label_smoothing is None else self.label_smoothing)
-        )
+        return training_loss.MeanLoss(training_loss.smoothing(subject, self.label_smoothing))
 
     def _decay(self, subject: study.Subject) -> float:
-        return float(subject.weight_decay if self.weight_decay is None else self.weight_decay)
+        return training_loss.decay(subject, self.weight_decay)
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
         loss, decay = self._loss(subject), self._decay(subject)
@@ -196,7 +189,7 @@ class HessianSpectrum(study.Study):
             "parameters": np.asarray([trees.count(subject.classifier.params)], np.int64),
         }
         spectra = {}
-        for step in self._steps(subject):
+        for step in training_loss.phases(subject, self.early):
             prefix = "" if step is None else _EARLY
             found, more = spectra[prefix] = self._measured(subject, step, index)
             measured = {
@@ -243,8 +236,7 @@ class HessianSpectrum(study.Study):
         self, subject: study.Subject, step: int | None, indices: Sequence[int]
     ) -> list[tuple[curvature.Eigenvalues, dict[str, np.ndarray]]]:
         """The spectra of mini-batches, in lock-step where they are several, and what else is measured of each."""
-        # Half precision would make every small eigenvalue noise, so the float32 twin is what is differentiated.
-        classifier = classifiers.in_float32(subject.classifier if step is None else subject.past(step))
+        classifier = training_loss.model(subject, step)
         inputs, keys = [], []
         for index in indices:
             batch = forward.training_examples(subject.train, index * self.batch, self.batch)

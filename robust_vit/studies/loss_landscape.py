@@ -214,10 +214,10 @@ class LossLandscape(study.Study):
         return [*found, *(dataclasses.replace(one, times=one.times * chunks) for one in sweep)]
 
     def _smoothing(self, subject: study.Subject) -> float:
-        return float(subject.label_smoothing if self.label_smoothing is None else self.label_smoothing)
+        return training_loss.smoothing(subject, self.label_smoothing)
 
     def _decay(self, subject: study.Subject) -> float:
-        return float(subject.weight_decay if self.weight_decay is None else self.weight_decay)
+        return training_loss.decay(subject, self.weight_decay)
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
         loss = training_loss.MeanLoss(self._smoothing(subject))

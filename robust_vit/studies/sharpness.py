@@ -159,8 +159,8 @@ class Sharpness(study.Study):
         return {"raw": (self.radii, self.spreads), "adaptive": (self.adaptive_radii, self.adaptive_spreads)}
 
     def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
-        smoothing = subject.label_smoothing if self.label_smoothing is None else self.label_smoothing
-        return training_loss.MeanLoss(float(smoothing), bool(self.normalised))
+        smoothing = training_loss.smoothing(subject, self.label_smoothing)
+        return training_loss.MeanLoss(smoothing, bool(self.normalised))
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array], kind: str) -> Any:
         options = {"microbatch": self.microbatch, "separable": False}  # In evaluation mode it is one.

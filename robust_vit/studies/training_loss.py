@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from robust_vit import classifier as classifiers
 from robust_vit import losses
 from robust_vit.studies import forward, study
 
@@ -54,3 +55,24 @@ def batch_shapes(subject: study.Subject, count: int) -> dict[str, jax.ShapeDtype
     """The shapes of a mini-batch of the training stream, for planning."""
     shape = getattr(subject.train, "image_shape", None) or forward.images(subject, 1).shape[1:]
     return {"image": subject.shape((count, *shape), jnp.float32), "label": subject.shape((count,), jnp.int32)}
+
+
+def smoothing(subject: study.Subject, given: float | None) -> float:
+    """The label smoothing of the loss: as given, or the subject's."""
+    return float(subject.label_smoothing if given is None else given)
+
+
+def decay(subject: study.Subject, given: float | None) -> float:
+    """The coefficient of the L2 term: as given, or the subject's."""
+    return float(subject.weight_decay if given is None else given)
+
+
+def phases(subject: study.Subject, early: bool) -> tuple[int | None, ...]:
+    """What is measured: the judged model (None), and before it the early step, where it is asked for and there is one."""
+    step = subject.early() if early else None
+    return (None,) if step is None else (step, None)
+
+
+def model(subject: study.Subject, step: int | None) -> Any:
+    """The float32 twin of the model at a phase: half precision would make every small eigenvalue noise."""
+    return classifiers.in_float32(subject.classifier if step is None else subject.past(step))
