@@ -18,7 +18,7 @@ from robust_vit import errors
 
 @contextlib.contextmanager
 def disk_errors(path: os.PathLike | str) -> Iterator[None]:
-    """Turns a full disk, a quota or a missing permission into one line that names the path."""
+    """Turns a full disk, a quota, a missing permission or a file in the way into one line that names the path."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,8 @@ def disk_errors(path: os.PathLike | str) -> Iterator[None]:
                 f"no space left while writing {path}: free some space or choose another --workdir, then run "
                 "the same command again; what was finished is kept."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+        if error.errno in refused:
             raise errors.UserError(
                 f"cannot write {path}: {error.strerror}. Choose a folder that you may write to."
             ) from error

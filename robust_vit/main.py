@@ -47,8 +47,7 @@ def main(_: list[str]) -> int:
             print("\n\n".join(text))
         return 0
     setups = {name: train.settle(setup) for name, setup in setups.items()}
-    if processes.is_first():
-        files.write_json(f"{workdir}/config.json", config.to_dict())
+    processes.first_does(lambda: files.write_json(f"{workdir}/config.json", config.to_dict()))
     processes.check_shared(workdir)
     try:
         subjects, steps = {}, {}
@@ -63,9 +62,8 @@ def main(_: list[str]) -> int:
         logger.warning("%s Run the same command again to go on.", stopped)
         processes.finish()
         return errors.EXIT_REQUEUE
-    if processes.is_first():
-        path = report.write([workdir], f"{workdir}/report")
-        logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), path)
+    path = processes.first_does(lambda: report.write([workdir], f"{workdir}/report"))
+    logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), path)
     processes.finish()
     return 0
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,16 +61,7 @@ def start(
         _check(**given)
         if given["processes"] == 1:
             return
-    address = given["coordinator"] or "the address found in the environment"
-    who = f"process {given['process']} of {given['processes']}" if explicit else "this process"
-    watchdog = threading.Timer(
-        timeout,
-        _give_up,
-        (
-            f"{who} waited {timeout} s for the others at {address}: check that process 0 runs there, that its port is open to "
-            "all machines, and that all processes were started.",
-        ),
-    )
+    watchdog = threading.Timer(timeout, _give_up, (timeout,), given)
     watchdog.daemon = True
     watchdog.start()
     try:
@@ -131,10 +123,37 @@ def first_finds(find: Callable[[], int]) -> int:
     return int(from_first(np.int32(find() if is_first() else 0)))
 
 
+def first_does(action: Callable[[], Any]) -> Any:
+    """What `action` returns on process 0, which alone does it, and None on the others; its mistake is that of all processes.
+
+    Raises:
+      errors.UserError: `action` raised one on process 0. All raise it, and so all end with the code of a mistake, which no
+        launcher answers with a new start.
+    """
+    result, mistake = None, b""
+    if is_first():
+        try:
+            result = action()
+        except errors.UserError as error:
+            if not several():
+                raise
+            mistake = str(error).encode()
+    size = int(from_first(np.int32(len(mistake))))
+    if size:
+        text = np.frombuffer(mistake, np.uint8) if is_first() else np.zeros(size, np.uint8)
+        raise errors.UserError(from_first(text).tobytes().decode())
+    return result
+
+
 def everywhere(value: np.ndarray) -> np.ndarray:
     """`[processes, ...]`: what each process holds."""
     value = np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value)) if several() else value[None]
+
+
+def least(number: int) -> int:
+    """The smallest of the numbers that the processes hold, rounded down to a multiple of 1024: all decide by it alike."""
+    return int(everywhere(np.int32(min(number >> 10, 2**31 - 1))).min()) << 10 if several() else number
 
 
 def check_same(parts: Mapping[str, str]) -> None:
@@ -259,6 +278,21 @@ def _digest(text: str) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
 
 
-def _give_up(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def _give_up(timeout: int, coordinator: str | None, processes: int | None, process: int | None) -> None:
+    if coordinator is None:
+        # Found by JAX in the environment of a cluster, which it has no public name for; without it the line is less exact.
+        with contextlib.suppress(ImportError, AttributeError):
+            from jax._src.distributed import global_state
+
+            if global_state.coordinator_address:
+                coordinator = global_state.coordinator_address
+                processes, process = global_state.num_processes, global_state.process_id
+    who = "this process" if coordinator is None else f"process {process} of {processes}"
+    address = coordinator or "the address found in the environment"
+    print(
+        f"error: {who} waited {timeout} s for the others at {address}: check that process 0 runs there, that its port is open to "
+        "all machines, and that all processes were started.",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(_EXIT_ALONE)

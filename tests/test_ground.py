@@ -58,6 +58,13 @@ class TestFiles:
             with open("/dev/full", "w") as file:
                 file.write("x")
 
+    @pytest.mark.parametrize("path", ["file/x", "file/folder/x", "folder"])
+    def test_what_stands_in_the_way_is_one_line(self, tmp_path, path):
+        (tmp_path / "file").touch()
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(errors.UserError, match=f"cannot write {tmp_path}/{path}: .*Choose a folder"):
+            files.write_text(tmp_path / path, "x")
+
     def test_damage_names_the_file(self, tmp_path):
         (tmp_path / "x.json").write_text("{")
         (tmp_path / "x.npz").write_bytes(b"PK\x03\x04junk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import random
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from robust_vit import checkpoints, errors
+from robust_vit import checkpoints, command_line, errors, main
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 SMOKE = "--config=configs/quickstart.py:smoke"
@@ -163,3 +164,25 @@ def test_debug_shows_the_traceback(home, tmp_path):
     code, text = _run(home, "--config=configs/quickstart.py:smok", f"--workdir={tmp_path}/x", "--debug")
     assert code != 0
     assert "Traceback" in text
+
+
+@pytest.mark.slow
+def test_a_plan_writes_nothing(home, tmp_path):
+    code, text = _run(home, SMOKE, f"--workdir={tmp_path}/x", "--plan")
+    assert code == 0, text[-3000:]
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_topology_without_its_compiler_is_one_line(tmp_path, monkeypatch, capsys):
+    """In this process, where libtpu can be hidden: what a user's process prints and ends with."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    monkeypatch.setattr(command_line, "configure_jax", lambda: None)
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["main", SMOKE, f"--workdir={tmp_path}/x", "--topology=v5e-64"])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == errors.EXIT_USER_ERROR
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: --topology compiles with libtpu, which is not installed: pip install libtpu")
+    assert not (tmp_path / "x").exists()

@@ -19,6 +19,8 @@ from robust_vit import errors, processes, progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIMIT = 240  # Seconds after which whatever still runs is killed; nothing here takes a quarter of it.
+# How XLA, and the exchange between CPUs, say that another process is gone.
+ALONE = ("another task died", "heartbeat timeout", "Connection closed by peer")
 CONFIG = '''
 """A ViT that trains for seconds."""
 
@@ -86,6 +88,29 @@ class _Job:
 
     def running(self) -> bool:
         return self._popen.poll() is None
+
+    def kill(self) -> None:
+        os.killpg(self._popen.pid, signal.SIGKILL)
+
+
+def _pair(
+    tmp_path: pathlib.Path, commands: list[list[str]], roots: tuple[pathlib.Path, ...] = (ROOT, ROOT)
+) -> list[_Job]:
+    """Two processes of one job, as they are started by hand on two machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    jobs = []
+    for number, (command, root) in enumerate(zip(commands, roots, strict=True)):
+        environment = _environment(
+            tmp_path / "cache",
+            PYTHONPATH=str(root),
+            ROBUST_VIT_COORDINATOR=f"127.0.0.1:{port}",
+            ROBUST_VIT_PROCESSES="2",
+            ROBUST_VIT_PROCESS=str(number),
+        )
+        jobs.append(_Job(command, environment, tmp_path / f"{number}.log", cwd=root))
+    return jobs
 
 
 def _worker(workdir: pathlib.Path, number: int) -> int:
@@ -161,9 +186,6 @@ def test_two_processes_stopped_and_killed_end_where_one_does(tmp_path):
 def test_processes_that_differ_are_refused_by_all(tmp_path, what):
     config = tmp_path / "config.py"
     config.write_text(CONFIG)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     seeds, roots = [0, 0], [ROOT, ROOT]
     if what == "version of the code":
         roots[1] = tmp_path / "edited"
@@ -172,19 +194,10 @@ def test_processes_that_differ_are_refused_by_all(tmp_path, what):
             file.write("# An edit that one machine has not got.\n")
     else:
         seeds[1] = 1
-    jobs = []
-    for number in range(2):
-        environment = _environment(
-            tmp_path / "cache",
-            PYTHONPATH=str(roots[number]),
-            ROBUST_VIT_COORDINATOR=f"127.0.0.1:{port}",
-            ROBUST_VIT_PROCESSES="2",
-            ROBUST_VIT_PROCESS=str(number),
-        )
-        command = _main(config, tmp_path / "work", f"--config.seed={seeds[number]}")
-        jobs.append(_Job(command, environment, tmp_path / f"{number}.log", cwd=roots[number]))
-    with jobs[0], jobs[1]:
-        for job in jobs:
+    commands = [_main(config, tmp_path / "work", f"--config.seed={seed}") for seed in seeds]
+    first, second = _pair(tmp_path, commands, tuple(roots))
+    with first, second:
+        for job in (first, second):
             code, text = job.wait()
             assert code == errors.EXIT_USER_ERROR
             assert f"error: process 1 was started with another {what} than process 0" in text
@@ -192,14 +205,59 @@ def test_processes_that_differ_are_refused_by_all(tmp_path, what):
     assert not (tmp_path / "work").exists()
 
 
-def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
+@pytest.mark.slow
+def test_a_mistake_that_only_process_0_meets_ends_all_alike(tmp_path):
+    """Process 0 alone writes: were the others to die of that, launchers would take it for a crash and start again."""
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    (tmp_path / "file").touch()
+    first, second = _pair(tmp_path, [_main(config, tmp_path / "file" / "work")] * 2)
+    with first, second:
+        for job in (first, second):
+            code, text = job.wait()
+            assert code == errors.EXIT_USER_ERROR, text[-3000:]
+            assert f"error: cannot write {tmp_path}/file/work/config.json: Not a directory" in text
+            assert "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_is_left_alone_ends_within_a_minute_and_says_why(tmp_path, victim):
+    """Without a launcher that would end it: the other machine is gone, and nobody here is told."""
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    jobs = _pair(tmp_path, [_main(config, tmp_path / "work", "--config.train.steps=100000")] * 2)
+    with jobs[0], jobs[1]:
+        _until_step(jobs[0], tmp_path / "work", 6)
+        jobs[victim].kill()
+        killed = time.monotonic()
+        code, text = jobs[1 - victim].wait()
+        assert time.monotonic() - killed < 60
+    assert code not in (0, errors.EXIT_USER_ERROR, errors.EXIT_REQUEUE)  # What launchers answer with a new start.
+    assert any(sign in text for sign in ALONE), text[-3000:]
+
+
+@pytest.mark.parametrize("told", ["by flags", pytest.param("by Slurm", marks=pytest.mark.slow)])
+def test_a_coordinator_that_does_not_answer_is_named(tmp_path, told):
     config = tmp_path / "config.py"
     config.write_text(CONFIG)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # Bound and not listening: connections are refused.
-        address = f"127.0.0.1:{nobody.getsockname()[1]}"
-        flags = (f"--coordinator={address}", "--processes=2", "--process=1", "--start_timeout=2")
-        with _Job(_main(config, tmp_path / "work", *flags), _environment(tmp_path / "cache"), tmp_path / "log") as job:
+        port = nobody.getsockname()[1]
+        address = f"127.0.0.1:{port}"
+        flags, variables = ("--start_timeout=2",), {}
+        if told == "by flags":
+            flags += (f"--coordinator={address}", "--processes=2", "--process=1")
+        else:
+            variables = {name: "1" for name in ("SLURM_PROCID", "SLURM_LOCALID")}
+            variables |= {name: "2" for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")}
+            variables |= {
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_NODELIST": "127.0.0.1,other",
+                "JAX_COORDINATOR_PORT": str(port),
+            }
+        environment = _environment(tmp_path / "cache", **variables)
+        with _Job(_main(config, tmp_path / "work", *flags), environment, tmp_path / "log") as job:
             code, text = job.wait()
     assert code == 1  # Launchers try again: machines of a pod may start minutes apart.
     assert f"error: process 1 of 2 waited 2 s for the others at {address}" in text
@@ -225,10 +283,26 @@ def test_one_process_is_alone(monkeypatch, tmp_path):
     assert not processes.several()
     processes.barrier("nobody")
     assert processes.from_first(np.int32(3)) == 3
+    assert processes.first_does(lambda: "done") == "done"
+    assert processes.least(5) == 5
     np.testing.assert_array_equal(processes.everywhere(np.asarray([1, 2])), [[1, 2]])
     processes.check_same({"configuration": json.dumps({"a": 1})})
     processes.check_shared(tmp_path)
     processes.finish()
+
+
+def test_what_several_processes_decide_alike(monkeypatch):
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "everywhere", lambda value: np.stack([value, value // 3]))
+    monkeypatch.setattr(processes, "from_first", np.asarray)
+    assert processes.least(192 * 2**30) == 64 * 2**30
+    assert processes.first_does(lambda: "done") == "done"
+
+    def mistake():
+        raise errors.UserError("no space left while writing ümlaut")
+
+    with pytest.raises(errors.UserError, match="no space left while writing ümlaut"):
+        processes.first_does(mistake)
 
 
 def test_a_variable_that_is_no_number(monkeypatch):
