@@ -164,8 +164,8 @@ def _explain(error: Exception) -> str | None:
     if programs.out_of_memory(error):
         return (
             f"out of memory ({_first_line(error)[:160]}): in training set train.accumulate=auto, lower data.batch, or set "
-            "sharding=fsdp on several devices; in a study set batch=auto (microbatch=auto of hessian_spectrum). Finished work "
-            "is kept. --plan shows what each part takes."
+            "sharding=fsdp on several devices; in a study set batch=auto, or microbatch=auto where it has one. Finished work "
+            "is kept. --plan shows what each part takes, and names the setting."
         )
     if "No space left on device" in str(error):
         return f"no space left ({_first_line(error)[:160]}): free some, then run the same command again; finished work is kept."

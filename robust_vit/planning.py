@@ -33,6 +33,7 @@ class Part:
       name: "training", "validation" or the label of the study.
       work: how much there is in all, for example "852 steps".
       state: what is done of it already, or why it will not be done; empty where all of it is to do.
+      automatic: of a study, the setting that memory may choose ("auto").
       share: of the work that is left, in [0, 1].
       passes: forward and backward passes of one example that are left.
       programs: what is compiled, with how often each runs in all of the work.
@@ -43,6 +44,7 @@ class Part:
     name: str
     work: str = ""
     state: str = ""
+    automatic: str = ""
     share: float = 1.0
     passes: tuple[int, int] = (0, 0)
     programs: tuple[programs.Program, ...] = ()
@@ -135,7 +137,7 @@ def calibrate(parts: Sequence[Part], setups: Mapping[str, runs.Setup]) -> Speed:
                 weight[program.key] = weight.get(program.key, 0.0) + cost.flops * program.times
                 candidates[program.key] = part.run, program, cost
     until = time.monotonic() + CALIBRATION_SECONDS
-    limit = programs.margin() * programs.device_memory()
+    limit = programs.usable_memory()
     seconds: dict[tuple, float] = {}
     done: dict[str, list[tuple[float, float]]] = {}
     for key in sorted(candidates, key=weight.get, reverse=True):
@@ -191,7 +193,8 @@ def render(parts: Sequence[Part], speed: Speed) -> str:
         f"In all about {progress.duration(total)} of computing. Compiling took {progress.duration(compiling)} just now; the "
         "compilation cache keeps it for the run.",
         "Minutes are timed on this machine just now: expect them within a factor of 1.5. Those marked ~ follow from the "
-        "number of operations: within 3. Reading images, statistics, checkpoints and the report come on top.",
+        "number of operations: within 3. Reading images, statistics, checkpoints and the report come on top; studies that stop "
+        "early, once Lanczos has converged or an attack has succeeded, take less than their plan.",
     ]
     for part in parts:
         if part.largest is not None and part.share and part.largest.memory > programs.margin() * limit:
@@ -212,12 +215,13 @@ def _training(setup: runs.Setup, name: str) -> list[Part]:
     work = f"{setup.steps:,} steps of {config.data.batch:,}"
     if config.train.accumulate > 1:
         work += f" in {config.train.accumulate} parts"
-    found = [Part(name, "training", work, state, share, (images, images), (train.step_program(setup),))]
+    step = (train.step_program(setup),)
+    found = [Part(name, "training", work, state, share=share, passes=(images, images), programs=step)]
     validation = train.validation_program(setup)
     if validation is not None:
         images = round(share * validation.times) * setup.bundle.validation.batch_size
         batches = f"{validation.times:,} batches"
-        found.append(Part(name, "validation", batches, state, share, (images, 0), (validation,)))
+        found.append(Part(name, "validation", batches, state, share=share, passes=(images, 0), programs=(validation,)))
     return found
 
 
@@ -247,7 +251,7 @@ def _study(setup: runs.Setup, label: str, study: studies.Study, subject: studies
         work += f" x {times} seeds"
     found = [dataclasses.replace(program, times=times * program.times) for program in study.programs(subject)]
     passes = tuple(round(times * share * number) for number in study.passes(subject))
-    return Part(setup.folder.name, label, work, state, share, passes, tuple(found))
+    return Part(setup.folder.name, label, work, state, study.automatic, share, passes, tuple(found))
 
 
 def _product_speed() -> float:
@@ -260,25 +264,31 @@ def _product_speed() -> float:
 
 
 def _probe(setup: runs.Setup, product: float, seconds: float) -> float | None:
-    """Operations a second of a training step of as many images as there is time for; None where there is none for one."""
+    """Operations a second of a training step of as many images as there is time for; None where there is none, or no memory."""
     batch = setup.config.data.batch
     step = train.step_program(setup)
     images = int(max(seconds, CALIBRATION_SECONDS / 3) * product / (8 * programs.inspect(step).flops / batch))
-    images = 2 ** (min(images, batch).bit_length() - 1) if images else 0
-    if images < len(setup.mesh.devices.flat):
+    each = min(images, batch) // setup.mesh.size
+    if not each:
         return None
+    # Few different sizes: the compilation cache knows them the next time.
+    images = setup.mesh.size * 2 ** (each.bit_length() - 1)
     config = ml_collections.ConfigDict(setup.config.to_dict())
     with config.ignore_type():
         config.data.batch, config.train.accumulate = images, 1
     small = train.step_program(dataclasses.replace(setup, config=config.lock()))
     cost = programs.inspect(small)
+    if cost.memory >= programs.usable_memory():
+        return None
     return cost.flops / programs.measure(small, cost, seconds=0.0)
 
 
 def _remedy(part: Part) -> str:
-    if part.name in ("training", "validation"):
-        return "set train.accumulate=auto, model.remat with model.scan, or bfloat16; or shard the parameters"
-    return f"set studies.{part.name}.batch=auto (of hessian_spectrum: microbatch=auto)"
+    if part.automatic:
+        return f"set studies.{part.name}.{part.automatic}=auto"
+    if part.name == "validation":
+        return "lower data.eval_batch; or shard the parameters"
+    return "set train.accumulate=auto, model.remat with model.scan, or bfloat16; or shard the parameters"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...]) -> list[str]:

@@ -120,9 +120,9 @@ def backend() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "accelerator"
 
 
-def margin() -> float:
-    """The share of a device's memory that a program may take."""
-    return _MARGIN[backend()]
+def margin(kind: str | None = None) -> float:
+    """The share of a device's memory that a program may take; of `backend()` where no other kind is named."""
+    return _MARGIN[kind or backend()]
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -137,7 +137,8 @@ def device_memory(device: jax.Device | None = None) -> int:
     """Bytes that programs may use on a device (the first one by default).
 
     What the allocator of an accelerator is given; of a CPU the machine's memory, or the share that its control group allows,
-    divided by the devices that share it. The environment variable `ROBUST_VIT_MEMORY_GIB` overrides both.
+    divided by the process's devices, which share it. The environment variable `ROBUST_VIT_MEMORY_GIB` overrides both: processes
+    that share a machine are told their part by it (`launch/local_processes.py` does).
     """
     given = os.environ.get(LIMIT_VARIABLE)
     if given:
@@ -158,8 +159,13 @@ def device_memory(device: jax.Device | None = None) -> int:
     return machine // (jax.local_device_count() if device.platform == "cpu" else 1)
 
 
+def usable_memory() -> int:
+    """Bytes that one program may take on a device of this process: its memory less the margin."""
+    return int(margin() * device_memory())
+
+
 def fits(programs: Iterable[Program], limit: int) -> tuple[bool, int]:
-    """Whether each of the programs fits in `limit` bytes less the margin, and the most that one of those looked at takes."""
+    """Whether each of the programs fits in `limit` bytes, and the most that one of those looked at takes."""
     most = 0
     for program in programs:
         try:
@@ -168,32 +174,37 @@ def fits(programs: Iterable[Program], limit: int) -> tuple[bool, int]:
             if not out_of_memory(error):
                 raise
             return False, limit
-        if most > margin() * limit:
+        if most > limit:
             return False, most
     return True, most
 
 
-def choose(candidates: Iterable[int], build: Callable[[int], list[Program]], *, what: str) -> int:
+def choose(
+    candidates: Iterable[int], build: Callable[[int], list[Program]], *, what: str, limit: int | None = None
+) -> int:
     """The first candidate whose programs all fit in the memory of a device.
 
     Args:
       candidates: numbers, the most wanted first.
       build: the programs of a candidate.
       what: the setting that is chosen, for the error.
+      limit: bytes that a program may take; None is `usable_memory`.
 
     Raises:
       errors.UserError: not even the last one fits.
     """
-    limit = device_memory()
+    limit = usable_memory() if limit is None else limit
     most = 0
     candidate = None
     for candidate in candidates:
         enough, most = fits(build(candidate), limit)
         if enough:
             return candidate
+    known = f"{size_text(most)}, " if most > limit else ""  # A compiler for TPUs refuses, and gives no size.
     raise errors.UserError(
-        f"{what}=auto: even {candidate} needs {size_text(most)} of the device's {size_text(limit)}: use a smaller model or image "
-        "size, model.dtype=bfloat16, rematerialisation (model.remat), or shard the parameters over more devices."
+        f"{what}=auto: even {candidate} needs {known}more than the {size_text(limit)} that a program may take on a device: use a "
+        "smaller model or image size, model.dtype=bfloat16, rematerialisation (model.remat), or shard the parameters over more "
+        "devices."
     )
 
 

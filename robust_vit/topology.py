@@ -134,11 +134,11 @@ def plan(setups: Mapping[str, runs.Setup], name: str) -> str:
     """What the training step and the validation of each run take on a slice of a pod, as text for a terminal.
 
     Args:
-      setups: run -> what `runs.prepare` returned, for this machine.
+      setups: run -> what `runs.prepare` returned, for this machine. `train.accumulate="auto"` is settled by a chip's memory.
       name: of the slice.
 
     Raises:
-      errors.UserError: an unknown name, no libtpu, a batch that the chips do not divide.
+      errors.UserError: an unknown name, no libtpu, a batch that the chips do not divide, parts that fit in no way.
     """
     pod = parse(name)
     chips = devices(pod)
@@ -151,10 +151,11 @@ def plan(setups: Mapping[str, runs.Setup], name: str) -> str:
     for run, setup in setups.items():
         there = dataclasses.replace(setup, mesh=mesh.make(chips, sharding=setup.config.sharding))
         mesh.check_batch(there.mesh, setup.config.data.batch, name="data.batch")
-        lines += [
-            "",
-            *_described(f"{run}: training step of {setup.config.data.batch:,} images", train.step_program(there), pod),
-        ]
+        there = train.settle(there, limit=int(programs.margin("accelerator") * pod.kind.memory * 2**30))
+        title = f"{run}: training step of {setup.config.data.batch:,} images"
+        if there.config.train.accumulate > 1:
+            title += f" in {there.config.train.accumulate} parts"
+        lines += ["", *_described(title, train.step_program(there), pod)]
         validation = train.validation_program(there)
         if validation is not None and not setup.config.data.eval_batch % pod.chips:
             title = f"{run}: validation of {setup.config.data.eval_batch:,} images"

@@ -45,10 +45,15 @@ class Stopped(Exception):
     """Training was asked to stop and has saved where it was."""
 
 
-def settle(setup: runs.Setup) -> runs.Setup:
+def settle(setup: runs.Setup, *, limit: int | None = None) -> runs.Setup:
     """The set-up with a number in place of `train.accumulate="auto"`.
 
-    The number that the run was begun with, else the smallest power of two for which the step fits in the memory of a device.
+    The number that the run was begun with, else the smallest power of two for which the step fits in the memory of a device: of
+    several processes, the device that has least.
+
+    Args:
+      setup: what `runs.prepare` returned.
+      limit: bytes that the step may take on a device; None is what these processes have.
 
     Raises:
       errors.UserError: single images do not fit either.
@@ -56,15 +61,19 @@ def settle(setup: runs.Setup) -> runs.Setup:
     if setup.config.train.accumulate != programs.AUTO:
         return setup
     batch, size = setup.config.data.batch, setup.mesh.size
-    candidates = [2**n for n in range(batch.bit_length()) if batch % (2**n * size) == 0]
     path = setup.folder / runs.IDENTITY_FILE
-    if path.exists():
-        candidates = [files.read_json(path)["train"]["accumulate"]]
-    elif len(candidates) > 1:
-        candidates = [
-            programs.choose(candidates, lambda parts: [step_program(_cut(setup, parts))], what="train.accumulate")
-        ]
-    return _cut(setup, candidates[0])
+    begun = processes.first_finds(lambda: files.read_json(path)["train"]["accumulate"] if path.exists() else 0)
+    if begun:
+        return _cut(setup, begun)
+    candidates = [2**n for n in range(batch.bit_length()) if batch % (2**n * size) == 0]
+    if len(candidates) == 1:
+        return _cut(setup, 1)
+    if limit is None:
+        limit = processes.least(programs.usable_memory())
+    parts = programs.choose(
+        candidates, lambda parts: [step_program(_cut(setup, parts))], what="train.accumulate", limit=limit
+    )
+    return _cut(setup, parts)
 
 
 def _cut(setup: runs.Setup, parts: int) -> runs.Setup:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
+import types
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from robust_vit import errors, evaluate, files, planning, programs, runs, settings, topology, train
+from robust_vit import (
+    errors,
+    evaluate,
+    files,
+    planning,
+    processes,
+    programs,
+    runs,
+    settings,
+    studies,
+    topology,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +88,7 @@ def test_passes_and_work_of_each_part(trained):
         assert float(cells[3].removeprefix("~").replace(",", "")) >= 0
         assert re.fullmatch(r"[\d.]+ (B|KiB|MiB)", cells[4])
     assert "In all about" in trained[1]
+    assert "take less than their plan" in trained[1]
     assert "more than" not in trained[1]
 
 
@@ -98,24 +113,64 @@ def test_a_study_that_does_not_apply_says_why(folder, tmp_path):
 
 
 def test_what_does_not_fit_is_named_with_its_remedy(folder, tmp_path, monkeypatch):
+    def measure(program, cost, *, seconds):
+        assert program.name == "product", "a plan runs nothing that does not fit"
+        return 1e-3
+
     monkeypatch.setenv(programs.LIMIT_VARIABLE, str(50 / 2**20))
+    monkeypatch.setattr(programs, "measure", measure)
     setup = runs.prepare(_config(folder), tmp_path)
     text = planning.plan({"main": setup}, settings.build_studies(setup.config))
     assert "main: training needs" in text
     assert "set train.accumulate=auto" in text
     assert "set studies.attack_curve.batch=auto" in text
+    assert planning._probe(setup, product=1e12, seconds=1.0) is None
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_the_remedy_that_is_named_is_accepted(name):
+    config = settings.default()
+    with config.unlocked():
+        config.studies = {"label": settings.study(name)}
+    part = planning.Part("main", "label", automatic=studies.build(name).automatic)
+    key = re.fullmatch(r"set (studies\.label\.\w+)=auto", planning._remedy(part)).group(1)
+    config.update_from_flattened_dict({key: programs.AUTO})
+    assert getattr(settings.build_studies(config)["label"], part.automatic) == programs.AUTO
+    # What the command line says of any study.
+    assert part.automatic == ("microbatch" if hasattr(studies.build(name), "microbatch") else "batch")
 
 
 def test_as_few_parts_as_fit(folder, tmp_path, monkeypatch):
-    sizes = {}
+    costs = {}
     for parts in (1, 2):
         setup = runs.prepare(_config(folder, **{"train.accumulate": parts, "data.batch": 64}), tmp_path)
-        sizes[parts] = programs.inspect(train.step_program(setup)).memory
+        costs[parts] = programs.inspect(train.step_program(setup))
+    sizes = {parts: cost.memory for parts, cost in costs.items()}
     assert sizes[1] > sizes[2]
     automatic = runs.prepare(_config(folder, **{"train.accumulate": "auto", "data.batch": 64}), tmp_path)
+    # From here on nothing is compiled again.
+    monkeypatch.setattr(
+        train, "step_program", lambda setup: types.SimpleNamespace(parts=setup.config.train.accumulate, times=1)
+    )
+    monkeypatch.setattr(train, "validation_program", lambda setup: None)
+    monkeypatch.setattr(programs, "inspect", lambda program: costs[program.parts])
     for parts, size in sizes.items():
         monkeypatch.setenv(programs.LIMIT_VARIABLE, repr(1.001 * size / programs.margin() / 2**30))
         assert train.settle(automatic).config.train.accumulate == parts
+    # A pod is planned by the memory of its chips, whatever there is of it here.
+    for parts, size in sizes.items():
+        memory = 1.001 * size / programs.margin("accelerator") / 2**30
+        monkeypatch.setitem(
+            topology.GENERATIONS, "v5e", dataclasses.replace(topology.GENERATIONS["v5e"], memory=memory)
+        )
+        monkeypatch.setattr(topology, "devices", lambda pod: jax.devices()[: pod.chips])
+        title = "main: training step of 64 images" + (" in 2 parts" if parts == 2 else "")
+        assert f"{title}, compiled in" in topology.plan({"main": automatic}, "v5e-1")
+    # Another process may have less: all of them take as many parts as that one needs.
+    monkeypatch.setenv(programs.LIMIT_VARIABLE, "1000")
+    assert train.settle(automatic).config.train.accumulate == 1
+    monkeypatch.setattr(processes, "least", lambda number: int(1.001 * sizes[2]))
+    assert train.settle(automatic).config.train.accumulate == 2
 
 
 def test_a_run_keeps_the_parts_that_it_was_begun_with(folder, tmp_path):

@@ -108,7 +108,7 @@ def test_more_work_than_enough_is_no_use(monkeypatch):
 
 def test_nothing_fits(monkeypatch):
     monkeypatch.setenv(programs.LIMIT_VARIABLE, str(8 / 2**20))
-    with pytest.raises(errors.UserError, match="accuracy: batch=auto: even 1 needs 17 KiB of the device's 8.0 KiB"):
+    with pytest.raises(errors.UserError, match="accuracy: batch=auto: even 1 needs 17 KiB, more than the 4.0 KiB"):
         programs.choose_batch(_batched, most=8, what="accuracy: batch")
 
 

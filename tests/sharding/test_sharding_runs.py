@@ -6,7 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from robust_vit import checkpoints, collectives, errors, mesh, programs, progress, runs, settings, studies, train
+from robust_vit import (
+    checkpoints,
+    collectives,
+    errors,
+    mesh,
+    planning,
+    programs,
+    progress,
+    runs,
+    settings,
+    studies,
+    train,
+)
 
 LAYOUTS = {"one": (1, "data"), "data": (8, "data"), "fsdp": (8, "fsdp"), "both": (8, "fsdp=4")}
 # As shares of the value; measured: 4e-6 (ViT) and 2.9e-5 (ResNet, whose BatchNorm divides by sums over the batch), 5 steps.
@@ -66,7 +78,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("model", "layout"), [("vit", "data"), ("vit", "both"), pytest.param("resnet", "data", marks=pytest.mark.slow)]
+    ("model", "layout"),
+    [("vit", "data"), ("vit", "fsdp"), ("vit", "both"), pytest.param("resnet", "data", marks=pytest.mark.slow)],
 )
 def test_the_loss_curve_and_the_decisions_are_those_of_one_device(trained, model, layout):
     (one, alone), (many, shared) = trained(model, "one"), trained(model, layout)
@@ -188,6 +201,21 @@ def test_several_seeds_and_parts_of_a_batch_are_sharded_too(tmp_path):
         lines = progress.read(setup.folder / "metrics.jsonl")
         found.append([line["train/loss"] for line in lines if "train/loss" in line])
     np.testing.assert_allclose(found[1], found[0], rtol=BOUNDS["vit"])
+
+
+@pytest.mark.parametrize(("count", "images"), [(6, 12)])
+def test_a_plan_times_a_step_that_the_devices_divide(tmp_path, monkeypatch, count, images):
+    measured = []
+    monkeypatch.setattr(
+        programs, "measure", lambda program, cost, *, seconds: measured.append(program.arguments[1]) or 1.0
+    )
+    config = _config("vit", "data", **{"data.batch": 24, "data.eval_batch": 24})
+    setup = runs.prepare(config, tmp_path, devices=jax.devices()[:count])
+    one = programs.inspect(train.step_program(setup)).flops / 24
+    # As fast as lets 17 images fit in the time; the step is of fewer, that the devices divide.
+    seconds = planning.CALIBRATION_SECONDS
+    assert planning._probe(setup, 17.5 * 8 * one / seconds, seconds) > 0
+    assert measured[0]["image"].shape[0] == images
 
 
 def test_a_subject_without_a_mesh_still_works(trained):
