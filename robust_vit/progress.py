@@ -90,25 +90,41 @@ class TrainingLog:
 
 
 class Trace:
-    """A window of `jax.profiler` steps, written once.
+    """A window of `jax.profiler` steps, written once; one that training never reaches is said at once.
 
     Args:
       folder: where the trace goes; open it with `xprof` or TensorBoard's profile plugin.
       start: first step of the window.
       steps: its length; 0 writes nothing.
+      last: step of training.
     """
 
-    def __init__(self, folder: pathlib.Path, *, start: int, steps: int):
-        self._folder, self._start, self._end = folder, start, start + steps
+    def __init__(self, folder: pathlib.Path, *, start: int, steps: int, last: int):
+        self._folder, self._start, self._end = folder, start, min(start + steps, last + 1)
         self._running = False
         self._wanted = steps > 0 and processes.is_first()
+        if self._wanted and start > last:
+            _logger.warning(
+                "no profiler trace will be written: it would begin at step %d, and training ends at %d; set profile.start lower, "
+                "or train longer or in another --workdir",
+                start, last,
+            )  # fmt: skip
 
-    def at(self, step: int) -> None:
-        """Called before each step."""
+    def at(self, step: int, state: Any) -> None:
+        """Called before each step, and after the last one with the number that would follow.
+
+        Waits for the device at both ends: the window holds its own steps, all of them and no other.
+
+        Args:
+          step: that comes next.
+          state: what the step before it returned.
+        """
         if self._wanted and not self._running and self._start <= step < self._end:
+            jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))
             self._running = True
         elif self._running and step >= self._end:
+            jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:

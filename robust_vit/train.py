@@ -129,55 +129,51 @@ def train(setup: runs.Setup, *, stop: Callable[[], bool] = lambda: False) -> Non
 
 def _train(setup: runs.Setup, stop: Callable[[], bool]) -> None:
     config = setup.config
-    if processes.is_first():
-        files.write_json(setup.folder / runs.IDENTITY_FILE, settings.training_identity(config))
+    identity = setup.folder / runs.IDENTITY_FILE
+    processes.first_does(lambda: files.write_json(identity, settings.training_identity(config)))
     keeper = checkpoints.Checkpoints(setup.folder / "checkpoints", keep=config.checkpoint.keep, best=runs.BEST_METRIC)
     with contextlib.closing(keeper):
         state = _starting_state(setup, keeper)
         start = int(state.step)
+        window = {"start": start + config.profile.start, "steps": config.profile.steps, "last": setup.steps}
+        trace = progress.Trace(setup.folder / "profile", **window)
         if start >= setup.steps:
             _logger.info("%s: training is finished (step %d)", setup.folder.name, start)
             return
         log = progress.TrainingLog(setup.folder, total=setup.steps, batch=config.data.batch, start=start)
-        with contextlib.closing(log):
-            _loop(setup, keeper, state, start, log, stop)
+        with contextlib.closing(log), contextlib.closing(trace):
+            _loop(setup, keeper, state, log, trace, stop)
 
 
 def _loop(
     setup: runs.Setup,
     keeper: checkpoints.Checkpoints,
     state: train_state.TrainState,
-    start: int,
     log: progress.TrainingLog,
+    trace: progress.Trace,
     stop: Callable[[], bool],
 ) -> None:
-    config = setup.config
+    config, start = setup.config, int(state.step)
     step_function = _compiled_step(setup)
     reset_sums = jax.jit(train_state.reset_sums, donate_argnums=0, out_shardings=setup.state_sharding())
     keys = setup.keys("train")
     every = _validate_every(setup)
-    trace = progress.Trace(setup.folder / "profile", start=start + config.profile.start, steps=config.profile.steps)
     batches = setup.bundle.train.of_process(jax.process_index(), jax.process_count()).on_devices(setup.mesh, start)
-    # Collectives between CPU processes may hang when steps pile up (measured with several devices a process).
-    wait = processes.several() and jax.default_backend() == "cpu"
     _logger.info("%s: the first step compiles; that can take a minute", setup.folder.name)
-    with (
-        contextlib.closing(batches),
-        contextlib.closing(trace),
-    ):
+    with contextlib.closing(batches):
         for step in range(start + 1, setup.steps + 1):
             if stop():
                 _check_finite(state)
                 keeper.save(step - 1, state)
                 keeper.wait()
                 raise Stopped(f"training stopped after step {step - 1} of {setup.steps}; it is saved.")
-            trace.at(step)
+            trace.at(step, state)
             batch = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state = step_function(state, batch, keys)
-                if wait:
-                    jax.block_until_ready(state)
+                state = _in_turn(step_function(state, batch, keys))
             last, milestone = step == setup.steps, step in setup.milestones
+            if last:
+                trace.at(step + 1, state)
             if step % config.log_every == 0 or last or step == start + 1:
                 _check_finite(state)
             if step % config.log_every == 0 or last:
@@ -206,7 +202,7 @@ def validate(setup: runs.Setup, state: train_state.TrainState) -> dict[str, Any]
     for batch in stream.on_devices(setup.mesh):
         for index, replica in enumerate(replicas):
             chosen = variables if replica is None else train_state.replica(variables, replica)
-            sums = _evaluate(classifier.Classifier(chosen, setup.module, setup.spec), batch)
+            sums = _in_turn(_evaluate(classifier.Classifier(chosen, setup.module, setup.spec), batch))
             totals[index] = sums if totals[index] is None else totals[index].merge(sums)
     means = [total.means() for total in totals if total is not None]
     if not means:
@@ -217,6 +213,14 @@ def validate(setup: runs.Setup, state: train_state.TrainState) -> dict[str, Any]
 @jax.jit
 def _evaluate(model: classifier.Classifier, batch: dict[str, jax.Array]) -> streaming.Sums:
     return streaming.classification(model(batch["image"]), batch["label"], batch["mask"])
+
+
+def _in_turn(result: PyTree) -> PyTree:
+    """What a program returned; waited for between CPU processes, whose collectives may hang when programs pile up.
+
+    Measured with several devices a process: of nine runs that did not wait, one came to its end.
+    """
+    return jax.block_until_ready(result) if processes.several() and jax.default_backend() == "cpu" else result
 
 
 def _validate_every(setup: runs.Setup) -> int:

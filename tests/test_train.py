@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robust_vit import checkpoints, errors, progress, runs, settings, train
+from robust_vit import checkpoints, errors, processes, progress, runs, settings, train
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +299,17 @@ def test_the_learning_rate_scales_with_the_batch_from_its_reference(folder, tmp_
 def test_a_profile_window_writes_a_trace(folder, tmp_path):
     setup = _train(folder, tmp_path, **{"train.steps": 4, "profile.start": 2, "profile.steps": 1})
     assert list((setup.folder / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profile_of_a_run_that_is_finished_is_said_to_be_none(folder, whole, caplog):
+    again = runs.prepare(_config(folder, **{"profile.steps": 5}), whole.folder.parent)
+    train.train(again)
+    assert "no profiler trace will be written: it would begin at step 22, and training ends at 12" in caplog.text
+
+
+def test_between_cpu_processes_no_validation_batch_is_in_flight_with_the_next(whole, monkeypatch):
+    state, waited = runs.restore(whole, "last")[0], []
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(jax, "block_until_ready", lambda result: waited.append(result) or result)
+    train.validate(whole, state)
+    assert len(waited) == len(whole.bundle.validation)
