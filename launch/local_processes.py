@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -195,6 +196,10 @@ def plan(options: argparse.Namespace) -> list[dict[str, str]]:
         "NPROC": str(options.threads or max(1, _cores() // options.processes)),
         "PYTHONUNBUFFERED": "1",
     }
+    if "ROBUST_VIT_MEMORY_GIB" not in os.environ:
+        # Each process would count the whole memory of the machine as its own when it plans, and where "auto" asks for it.
+        devices = options.processes * options.devices_per_process
+        shared["ROBUST_VIT_MEMORY_GIB"] = f"{_memory() / devices / 2**30:.3f}"
     return [{**shared, "ROBUST_VIT_PROCESS": str(index)} for index in range(options.processes)]
 
 
@@ -252,6 +257,15 @@ def main(argv: Sequence[str]) -> int:
     if code:
         _say(f"exit code {code}; logs: {options.log_folder}")
     return code
+
+
+def _memory() -> int:
+    """Bytes of the machine, or what its control group allows; as `robust_vit.programs.device_memory` finds them."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            found = min(found, int(pathlib.Path(path).read_text(encoding="ascii")))
+    return found
 
 
 def _cores() -> int:

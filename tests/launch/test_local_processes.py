@@ -8,8 +8,11 @@ import shlex
 import signal
 import sys
 
+import jax
 import machines
 import pytest
+
+from robust_vit import programs
 
 LAUNCHER = machines.REPOSITORY / "launch" / "local_processes.py"
 # A program that does what --config says for its process: `exit:2`, `hang`, `crash`, `stubborn`, a comma between processes.
@@ -94,6 +97,23 @@ def test_the_job_has_the_worst_meaningful_exit_code(job, tmp_path, config, code)
     done = machines.finish(job(config))
     assert done.returncode == code, done.stderr
     _all_end(tmp_path)
+
+
+def test_the_memory_of_the_machine_is_shared_out(monkeypatch):
+    monkeypatch.syspath_prepend(LAUNCHER.parent)
+    import local_processes
+
+    flags = ["--processes=3", "--devices_per_process=2", "--config=a", "--workdir=b"]
+    monkeypatch.delenv(programs.LIMIT_VARIABLE, raising=False)
+    alone = programs.device_memory() * jax.local_device_count()
+    shares = [
+        float(variables[programs.LIMIT_VARIABLE]) * 2**30
+        for variables in local_processes.plan(local_processes.parse(flags)[0])
+    ]
+    assert shares == pytest.approx([alone / 6] * 3, rel=1e-3)
+    monkeypatch.setenv(programs.LIMIT_VARIABLE, "7")
+    for variables in local_processes.plan(local_processes.parse(flags)[0]):
+        assert programs.LIMIT_VARIABLE not in variables, "what the user says stays"
 
 
 def test_the_end_of_the_log_of_the_process_that_crashed_is_shown(job, tmp_path):
