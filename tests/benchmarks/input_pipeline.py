@@ -4,12 +4,17 @@
 
 `--peer_python` is an interpreter with tensorflow-cpu; without it the column of tf.data stays empty. The two sides take turns, and
 each cell is the median of `--repeats` turns. Real images come from `--data_dir` (ROBUST_VIT_DATA); `--tiny` uses made ones.
+`--workers=threads,processes` compares the readers that the library has with processes in their place. As in training, freed
+memory is kept (`robust_vit.allocation`).
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import io
+import itertools
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -19,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -28,12 +34,14 @@ from PIL import Image
 from tensorflow_datasets.core.dataset_builders import adhoc_builder
 
 import robust_vit
-from robust_vit import data, mesh
+from robust_vit import allocation, data, errors, mesh
 from robust_vit.data import draws, transforms
 
 PEER = pathlib.Path(__file__).with_name("input_pipeline_peer.py")
 CROP = ("random_resized_crop(224)", "flip()")
 SMALL = ("pad_crop(4)", "flip()")
+WORKERS = ("threads", "processes")
+UNIT = 32  # Images that one process makes at a time, as one thread of the library does.
 # One for each augmentation whose cost is measured, at 224 and at 32 px.
 AUGMENTATIONS = (
     "pad_crop(4)",
@@ -202,6 +210,60 @@ def devices(arguments: argparse.Namespace, folder: pathlib.Path) -> Iterator[str
         yield f"| {title} | {_spread(rates)} | {size:,} |"
 
 
+def workers(arguments: argparse.Namespace, folder: pathlib.Path) -> Iterator[str]:
+    """Rows of the table of workers: one thread, then as many of each kind as there are cores. Each is told the same work."""
+    batch = 8 if arguments.tiny else 64
+    count, warm_up = (2, 1) if arguments.tiny else (60, 10)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def threads(number: int) -> Iterator[data.Batch]:
+        source = data.open_source("sequential", data_dir=folder)
+        return data.TrainingStream(source, batch=batch, augment=CROP, cache="never", workers=number).iterate(
+            pixels="uint8"
+        )
+
+    kinds = {"1 thread": lambda: threads(1)}
+    if "threads" in arguments.workers:
+        kinds[f"{cores} threads"] = lambda: threads(cores)
+    if "processes" in arguments.workers:
+        kinds[f"{cores} processes"] = lambda: by_processes(folder, batch, cores)
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.repeats):
+        for kind, make in kinds.items():
+            found[kind].append(rate(make(), batch=batch, count=count, warm_up=warm_up))
+    yield f"| JPEG, sequential, 256 px -> random resized crop 224, flip, {cores} cores | images/s | ms an image |"
+    yield "|---|---|---|"
+    for kind, rates in found.items():
+        yield f"| {kind} | {_spread(rates)} | {1e3 / statistics.median(rates):.3f} |"
+
+
+def by_processes(folder: pathlib.Path, batch: int, count: int) -> Iterator[np.ndarray]:
+    """The same batches of bytes made by processes, whose pixels are copied to this one."""
+    parts = [(begin, min(begin + UNIT, batch)) for begin in range(0, batch, UNIT)]
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(count, context, initializer=_open, initargs=(folder, batch)) as pool:
+        waiting: collections.deque[list[futures.Future]] = collections.deque()
+        for step in itertools.count():
+            waiting.append([pool.submit(_part, step, *part) for part in parts])
+            if len(waiting) > max(2, -(-2 * count // len(parts))):
+                images = np.empty((batch, 224, 224, 3), np.uint8)
+                for (begin, end), made in zip(parts, waiting.popleft(), strict=True):
+                    images[begin:end] = made.result()
+                yield images
+
+
+def _open(folder: pathlib.Path, batch: int) -> None:
+    global _stream  # Of a process of `by_processes`, which serves one stream.
+    allocation.keep_freed_memory()
+    _stream = stream(folder, "sequential", CROP, batch, "never")
+
+
+def _part(step: int, begin: int, end: int) -> np.ndarray:
+    out = np.empty((end - begin, 224, 224, 3), np.uint8)
+    found, _ = _stream._make(step, slice(begin, end), out)
+    return np.asarray(found.images)
+
+
 def augmentations(arguments: argparse.Namespace, folder: pathlib.Path) -> Iterator[str]:
     """Rows of the table of augmentations: microseconds an image on one core."""
     yield "| augmentation | 224 px, us/image | 32 px, us/image |"
@@ -262,9 +324,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", default="", help="where the prepared images stay, for several runs")
     parser.add_argument("--prepare_only", action="store_true", help="fill --folder and measure nothing")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    parser.add_argument("--workers", default=",".join(WORKERS), help="kinds of readers that are compared")
     parser.add_argument("--tiny", action="store_true", help="a few made images: a test that it runs")
     arguments = parser.parse_args(argv)
     arguments.repeats = 1 if arguments.tiny else arguments.repeats
+    arguments.workers = arguments.workers.split(",")
+    for kind in arguments.workers:
+        if kind not in WORKERS:
+            raise SystemExit(f"error: {errors.unknown('kind of workers', kind, WORKERS)}")
+    allocation.keep_freed_memory()
     arguments.versions = {"robust_vit": robust_vit.__version__}
     arguments.versions |= {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__}
     arguments.versions["pillow"] = PIL.__version__
@@ -275,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare(folder, arguments)
         if arguments.prepare_only:
             return
-        for table in (pipelines, devices, augmentations):
+        for table in (pipelines, workers, devices, augmentations):
             for line in table(arguments, folder):
                 print(line, flush=True)
                 lines.append(line)
