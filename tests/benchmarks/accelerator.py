@@ -1,9 +1,15 @@
 """What share of an accelerator's own matrix-product rate the models reach, in bfloat16: `throughput.py --suite=accelerator`.
 
+    python tests/benchmarks/throughput.py --suite=accelerator --models=ViT-B/16,ResNet-50 --batches=64,256 --minutes=8
+
+is a session of ten minutes on a device: all passes of one batch before the next batch, and no row is begun after `--minutes`.
+Without the flags: four models, batches from 32 that double until memory runs out (the row says so), no limit.
+
 The share is the analytic count of the operations in matrix products and convolutions (`passes.flops`) over the time, over the
 rate of a large matrix product, which is measured first. XLA's own count, which holds elementwise work and leaves out products
-with padding, is printed as a multiple of it. Memory is what the compiled module asks for. Batches double until memory runs out;
-the row says so.
+with padding, is printed as a multiple of it. Memory is what the compiled module asks for. "Gradient" is that of the parameters;
+the Hessian-vector product's time is also printed as a multiple of its. The attacks' steps are the library's own, and
+"attacked/s" the examples a second of a whole attack of as many steps as `ATTACKS` says.
 
 Written and run at tiny size on a CPU: nothing was measured with it on an accelerator yet.
 """
@@ -11,7 +17,8 @@ Written and run at tiny size on a CPU: nothing was measured with it on an accele
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +27,8 @@ import jax.numpy as jnp
 import optax
 import passes
 
-from robust_vit import classifier, models
+from robust_vit import attacks, classifier, models
+from robust_vit.attacks import skeleton
 
 PyTree = Any
 ROWS = {
@@ -33,14 +41,15 @@ TINY_ROWS = {
     "ViT-tiny": ("vit", {"width": 16, "depth": 1, "heads": 2, "patch": 4}),
     "ResNet-tiny": ("resnet", {"depth": 8, "width": 2}),
 }
-PASSES = ("training", "forward", "pgd_step", "hvp")
+ATTACKS = {"pgd_step": ("pgd", {"steps": 40}), "apgd_step": ("apgd_ce", {"steps": 100})}
+PASSES = ("training", "forward", "gradient", *ATTACKS, "hvp")
 BATCHES = (32, 64, 128, 256, 512, 1024)
-HEADER = (
-    "| model, attention | pass | batch | ms | images/s | TFLOP/s | share of the measured rate | XLA's count | memory, GB |\n"
-    "|---|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = (
+    "model, attention", "pass", "batch", "ms", "images/s", "attacked/s", "TFLOP/s", "share of the measured rate", "XLA's count",
+    "memory, GB", "HVP / gradient", "compile, s",
+)  # fmt: skip
 _OPTIMIZER = optax.adamw(1e-4)
-_EPSILON, _STEP = 8 / 255, 2 / 255
+_EPSILON = 8 / 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +58,33 @@ class Step:
 
     Attributes:
       module: the model, with dropout and stochastic depth off.
+      spec: what it expects of an image.
       name: one of `PASSES`.
     """
 
     module: nn.Module
+    spec: classifier.ImageSpec
     name: str
 
-    def state(self, variables: PyTree, images: jax.Array) -> PyTree:
-        """What the step hands on: parameters and optimiser, images, or a vector of parameters."""
+    @property
+    def attack(self) -> attacks.Attack | None:
+        """The attack that it is a step of; an example that it succeeds on goes on all the same."""
+        if self.name not in ATTACKS:
+            return None
+        name, options = ATTACKS[self.name]
+        return attacks.build(name, epsilon=_EPSILON, stop_on_success=False, **options)
+
+    def state(self, variables: PyTree, images: jax.Array, labels: jax.Array) -> PyTree:
+        """What the step hands on: parameters and optimiser, images, a vector of parameters, or where an attack stands."""
         if self.name == "training":
             return {"variables": variables, "optimizer": _OPTIMIZER.init(variables["params"])}
-        if self.name == "hvp":
-            return {"variables": variables, "vector": passes.like(variables["params"])}
-        return {"variables": variables, "images": images}
+        if self.name in ("gradient", "hvp"):
+            return {"variables": variables, "vector": drawn(variables["params"])}
+        if self.attack is None:
+            return {"variables": variables, "images": images + 0.0}
+        keys = attacks.example_keys(0, jnp.arange(len(labels)))
+        # A state begins with one array in several places, and none may be donated twice.
+        return {"variables": variables, "attack": jax.tree.map(jnp.copy, self.attack.init(keys, images, labels))}
 
     def __call__(self, state: PyTree, images: jax.Array, labels: jax.Array) -> PyTree:
         """The state after one step."""
@@ -87,17 +110,34 @@ class Step:
             logits, _ = self.module.apply(variables, state["images"])
             # What is handed on depends on the logits, and the next step on it: nothing can be left out.
             return {**state, "images": state["images"] + 1e-6 * jnp.max(logits).astype(images.dtype)}
-        if self.name == "pgd_step":
-            gradient, _ = jax.grad(loss, argnums=1, has_aux=True)(params, state["images"])
-            moved = state["images"] + _STEP * jnp.sign(gradient)
-            return {**state, "images": jnp.clip(moved, images - _EPSILON, images + _EPSILON)}
-        product = jax.jvp(lambda p: jax.grad(loss, has_aux=True)(p, images)[0], (params,), (state["vector"],))[1]
+        if self.attack is not None:
+            model = classifier.Classifier(variables=variables, module=self.module, spec=self.spec)
+            return {**state, "attack": skeleton.advance(state["attack"], jnp.int32(0), self.attack, model)}
+        gradient = jax.grad(loss, has_aux=True)
+        if self.name == "gradient":
+            # At parameters that depend on the last one, by less than rounding.
+            moved = jax.tree.map(lambda leaf, vector: leaf + 1e-12 * vector, params, state["vector"])
+            return {**state, "vector": gradient(moved, images)[0]}
+        product = jax.jvp(lambda p: gradient(p, images)[0], (params,), (state["vector"],))[1]
         return {**state, "vector": product}
+
+
+@jax.jit
+def _normal(tree: PyTree, key: jax.Array) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    made = [jax.random.normal(one, leaf.shape, leaf.dtype) for one, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, made)
+
+
+def drawn(tree: PyTree, seed: int = 0) -> PyTree:
+    """Standard normal arrays of the same shapes and dtypes, made on the device."""
+    return _normal(tree, jax.random.key(seed))
 
 
 def ceiling(side: int, calls: int) -> float:
     """Operations a second of a square bfloat16 matrix product; the best of some runs of chained products."""
-    left, right = (passes.like(jax.ShapeDtypeStruct((side, side), jnp.bfloat16), seed) for seed in range(2))
+    left, right = (drawn(jnp.zeros((side, side), jnp.bfloat16), seed) for seed in range(2))
     product = jax.jit(lambda left, right: (left @ right) / side**0.5)
     jax.block_until_ready(product(left, right))
 
@@ -110,48 +150,100 @@ def ceiling(side: int, calls: int) -> float:
     return calls * 2 * side**3 / min(passes.seconds(chained, 3))
 
 
-def report(*, tiny: bool = False, rows: list[str] | None = None) -> None:
-    """Prints the table."""
-    chosen = TINY_ROWS if tiny else ROWS
-    chosen = {label: chosen[label] for label in rows} if rows else chosen
-    side, classes, batches = (8, 10, (2,)) if tiny else (224, 1000, BATCHES)
+def report(
+    *,
+    tiny: bool = False,
+    chosen: Sequence[str] = (),
+    names: Sequence[str] = PASSES,
+    batches: Sequence[int] = (),
+    minutes: float = float("inf"),
+) -> None:
+    """Prints the table.
+
+    Args:
+      tiny: shrunken models.
+      chosen: models; none is all of them.
+      names: passes.
+      batches: in the order in which they are measured; none is `BATCHES`.
+      minutes: after which no row is begun.
+    """
+    until = time.monotonic() + 60 * minutes
+    known = TINY_ROWS if tiny else ROWS
+    side, classes = (8, 10) if tiny else (224, 1000)
+    spec = classifier.ImageSpec(size=(side, side), channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
     rate = ceiling(256 if tiny else 8192, 4 if tiny else 16)
-    device = jax.devices()[0]
     print(
-        f"{device.device_kind}; jax {jax.__version__}; a bfloat16 product reaches {rate / 1e12:,.2f} TFLOP/s",
+        f"{jax.devices()[0].device_kind}; jax {jax.__version__}; a bfloat16 product reaches {rate / 1e12:,.2f} TFLOP/s\n",
         flush=True,
     )
-    print(f"\n{HEADER}", flush=True)
-    for label, (name, given) in chosen.items():
-        for attention in ("explicit", "fused") if name == "vit" else (None,):
-            options = {} if attention is None else {"attention": attention}
-            module = models.build(name, num_classes=classes, dtype="bfloat16", **given, **options)
-            spec = classifier.ImageSpec(size=(side, side), channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
-            variables = models.init(module, spec, jax.random.key(0))
-            for each in PASSES:
-                if each == "hvp" and attention == "fused":
-                    continue  # The kernel has no second derivative.
-                for batch in batches:
-                    cells = _measured(
-                        Step(module, each), variables, (batch, side, side, 3), classes, rate, 2 if tiny else 10
-                    )
-                    title = label if attention is None else f"{label}, {attention}"
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    full, left = set(), 0
+    for batch in batches or ((2,) if tiny else BATCHES):
+        for label in chosen or known:
+            name, given = known[label]
+            for attention in ("explicit", "fused") if name == "vit" else (None,):
+                options = {} if attention is None else {"attention": attention}
+                module = models.build(name, num_classes=classes, dtype="bfloat16", **given, **options)
+                title = label if attention is None else f"{label}, {attention}"
+                variables, gradient = None, None
+                for each in names:
+                    if (title, each) in full or (each == "hvp" and attention == "fused"):
+                        continue  # Memory ran out at a smaller batch; the fused kernel has no second derivative.
+                    if time.monotonic() > until:
+                        left += 1
+                        continue
+                    if variables is None:
+                        variables = models.init(module, spec, jax.random.key(0))
+                    found = _measured(Step(module, spec, each), variables, batch, classes, 2 if tiny else 10)
+                    if found is None:
+                        full.add((title, each))
+                    if each == "gradient" and found is not None:
+                        gradient = found.seconds
+                    cells = ["out of memory"] if found is None else _cells(found, batch, rate, gradient)
                     print("| " + " | ".join((title, each.replace("_", " "), str(batch), *cells)) + " |", flush=True)
-                    if len(cells) == 1:
-                        break
+    if left:
+        print(f"\n{left} rows were left out after {minutes:g} minutes.", flush=True)
 
 
-def _measured(
-    step: Step, variables: PyTree, shape: tuple[int, ...], classes: int, rate: float, calls: int
-) -> tuple[str, ...]:
-    """The cells of one row; one cell where memory ran out."""
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One row: the step, its least seconds, its operations (ours and XLA's), bytes of memory, seconds to compile."""
+
+    step: Step
+    seconds: float
+    work: float
+    counted: float
+    memory: int
+    compiling: float
+
+
+def _cells(found: Measurement, batch: int, rate: float, gradient: float | None) -> tuple[str, ...]:
+    attack, name = found.step.attack, found.step.name
+    return (
+        f"{1e3 * found.seconds:,.2f}",
+        f"{batch / found.seconds:,.0f}",
+        "-" if attack is None else f"{batch / found.seconds / attack.evaluations:,.1f}",
+        f"{found.work / found.seconds / 1e12:,.2f}",
+        f"{100 * found.work / found.seconds / rate:.1f} %",
+        f"{found.counted / found.work:.2f}",
+        f"{found.memory / 2**30:.2f}",
+        "-" if name != "hvp" or gradient is None else f"{found.seconds / gradient:.2f}",
+        f"{found.compiling:.1f}",
+    )
+
+
+def _measured(step: Step, variables: PyTree, batch: int, classes: int, calls: int) -> Measurement | None:
+    """None where memory ran out."""
     try:
         # The pass donates its state, and the next row needs the variables again.
         variables = jax.tree.map(jnp.copy, variables)
-        images = passes.like(jax.ShapeDtypeStruct(shape, jnp.float32))
-        labels = jnp.arange(shape[0], dtype=jnp.int32) % classes
-        state = step.state(variables, images + 0.0)
+        shape = (batch, *step.spec.size, step.spec.channels)
+        images = jax.random.uniform(jax.random.key(0), shape)
+        labels = jnp.arange(batch, dtype=jnp.int32) % classes
+        state = step.state(variables, images, labels)
+        begin = time.perf_counter()
         compiled = jax.jit(step, donate_argnums=0).lower(state, images, labels).compile()
+        compiling = time.perf_counter() - begin
         work = passes.flops(dataclasses.replace(step, module=models.explicit(step.module)), state, images, labels)
         memory = compiled.memory_analysis()
         counted = compiled.cost_analysis().get("flops", float("nan"))
@@ -163,17 +255,9 @@ def _measured(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return ("out of memory",)
+        return None
     held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held -= memory.alias_size_in_bytes
-    return (
-        f"{1e3 * best:,.2f}",
-        f"{shape[0] / best:,.0f}",
-        f"{work / best / 1e12:,.2f}",
-        f"{100 * work / best / rate:.1f} %",
-        f"{counted / work:.2f}",
-        f"{held / 2**30:.2f}",
-    )
+    return Measurement(step, best, work, counted, held - memory.alias_size_in_bytes, compiling)
 
 
 def _run(compiled: Callable, state: PyTree, batch: tuple, calls: int) -> tuple[PyTree, float]:

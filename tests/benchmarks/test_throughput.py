@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from robust_vit import models
+from robust_vit import classifier, models
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -68,26 +68,77 @@ def test_floor_runs_every_product(benchmark):
 
 
 @pytest.mark.slow
-def test_accelerator_suite_reports_every_row(benchmark, capsys):
-    benchmark["accelerator"].report(tiny=True, rows=["ViT-tiny"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ViT-tiny")]
-    named = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in lines]
-    explicit = [("ViT-tiny, explicit", name, "2") for name in ("training", "forward", "pgd step", "hvp")]
-    fused = [("ViT-tiny, fused", name, "2") for name in ("training", "forward", "pgd step")]
-    assert named == explicit + fused
-    assert all("%" in line for line in lines)
+@pytest.mark.parametrize("model", ["ViT-tiny", "ResNet-tiny"])
+def test_accelerator_suite_reports_every_row(benchmark, capsys, model):
+    accelerator = benchmark["accelerator"]
+    accelerator.report(tiny=True, chosen=[model], batches=(2, 4))
+    rows = _rows(capsys.readouterr().out, model)
+    kinds = {"ViT-tiny, explicit": 6, "ViT-tiny, fused": 5} if model == "ViT-tiny" else {"ResNet-tiny": 6}
+    names = [name.replace("_", " ") for name in accelerator.PASSES]
+    assert [row[:3] for row in rows] == [
+        [title, name, batch] for batch in ("2", "4") for title, count in kinds.items() for name in names[:count]
+    ]
+    for row in rows:
+        found = dict(zip(accelerator.COLUMNS, row, strict=True))
+        assert found["share of the measured rate"].endswith("%")
+        assert (found["HVP / gradient"] == "-") == (found["pass"] != "hvp")
+        assert (found["attacked/s"] == "-") == (found["pass"] not in ("pgd step", "apgd step"))
+        assert float(found["compile, s"]) >= 0
+
+
+@pytest.mark.slow
+def test_accelerator_suite_from_the_command_line():
+    command = [sys.executable, str(FOLDER / "throughput.py"), "--suite=accelerator", "--tiny", "--minutes=5"]
+    command += ["--models=ResNet-tiny", "--passes=forward,gradient", "--batches=2,3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    named = [row[1:3] for row in _rows(done.stdout, "ResNet-tiny")]
+    assert named == [[name, batch] for batch in ("2", "3") for name in ("forward", "gradient")]
+    done = subprocess.run([*command, "--passes=backward"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "backward: expected some of training, forward, gradient" in done.stderr
+
+
+def test_a_training_step_moves_the_statistics_of_batches_and_other_passes_do_not(benchmark):
+    accelerator = benchmark["accelerator"]
+    module = models.build("resnet", num_classes=10, **accelerator.TINY_ROWS["ResNet-tiny"][1])
+    spec = classifier.ImageSpec(size=(8, 8), channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    variables = jax.eval_shape(lambda: models.init(module, spec, jax.random.key(0)))
+    images, labels = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    for name in accelerator.PASSES:
+        step = accelerator.Step(module, spec, name)
+        state = jax.eval_shape(step.state, variables, images, labels)
+        traced = jax.jit(step).trace(state, images, labels)
+        kept = {id(variable) for variable in traced.jaxpr.jaxpr.invars}
+        moved = [id(variable) not in kept for variable in traced.jaxpr.jaxpr.outvars]
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(traced.out_info)]
+        statistics = {changed for path, changed in zip(paths, moved, strict=True) if "batch_stats" in path}
+        assert statistics == {name == "training"}
+        assert any(moved)
+
+
+def test_rows_that_no_time_is_left_for_are_said(benchmark, capsys):
+    benchmark["accelerator"].report(tiny=True, chosen=["ResNet-tiny"], minutes=-1.0)
+    text = capsys.readouterr().out
+    assert _rows(text, "ResNet-tiny") == []
+    assert "6 rows were left out after" in text
 
 
 def test_out_of_memory_is_a_row_and_ends_its_batches(benchmark, capsys, monkeypatch):
-    def full(self, variables, images):
+    def full(self, variables, images, labels):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
 
     monkeypatch.setattr(benchmark["accelerator"].Step, "state", full)
-    benchmark["accelerator"].report(tiny=True, rows=["ResNet-tiny"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ResNet-tiny")]
-    assert lines == [
-        f"| ResNet-tiny | {name} | 2 | out of memory |" for name in ("training", "forward", "pgd step", "hvp")
+    benchmark["accelerator"].report(tiny=True, chosen=["ResNet-tiny"], batches=(2, 4))
+    assert _rows(capsys.readouterr().out, "ResNet-tiny") == [
+        ["ResNet-tiny", name, "2", "out of memory"]
+        for name in ("training", "forward", "gradient", "pgd step", "apgd step", "hvp")
     ]
+
+
+def _rows(text: str, model: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith(f"| {model}")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 @pytest.mark.parity

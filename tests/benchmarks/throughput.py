@@ -1,13 +1,18 @@
-"""How fast the models are: `python tests/benchmarks/throughput.py --suite=cpu` or `--suite=accelerator`; prints a table.
+"""How fast the models are; prints a table.
 
-`cpu` compares forward, input gradient, parameter gradient and Hessian-vector product (forward over reverse), float32, with
-torch on the same weights, in one run: torch lives in a process of its own (`--peer_python`), idle while this one computes, and
-the two take turns. Torch's attention is the faster one of `transformers`' eager and sdpa, which the table names. Each side runs
-the whole batch at once, and slice by slice. Beside each row stand the time of its matrix products and convolutions alone in XLA
-(whole batch), the count of their operations, and the time to trace and compile, without a cache.
+    python tests/benchmarks/throughput.py --peer_python=PYTHON --resnet_weights=resnet20-12fca82f.npz
+    python tests/benchmarks/throughput.py --suite=accelerator [--models=...] [--batches=...] [--minutes=...]
 
-`accelerator` reports the share of the machine's own matrix-product rate that training, forward, PGD step and Hessian-vector
-product reach in bfloat16: see `accelerator.py`.
+The first, `--suite=cpu`, prints every row in one run: about 12 minutes on two cores, three calls of each form. It compares
+forward, input gradient, parameter gradient and Hessian-vector product (forward over reverse), float32, with torch on the same
+weights: torch lives in a process of its own (`--peer_python`), idle while this one computes, and the two take turns. Torch's
+attention is the faster one of `transformers`' eager and sdpa, which the table names. Each side runs the whole batch at once, and
+slice by slice. Beside each row stand the time of its matrix products and convolutions alone in XLA (of the whole batch, and of a
+slice times the number of slices), the count of their operations, and the time to trace and compile, without a cache. Freed
+memory is kept, as `robust_vit.main` does it (`robust_vit.allocation`).
+
+The second reports the share of the machine's own matrix-product rate that training, forward pass, gradient, steps of attacks and
+Hessian-vector product reach in bfloat16: see `accelerator.py`.
 
 `--tiny` shrinks all models: a check that the script works, not a measurement.
 """
@@ -42,7 +47,7 @@ TINY_ROWS = {
 }
 HEADER = (
     "| model, batch | pass | ours, ms | ours in slices | torch | torch in slices | ratio | best to best | products alone, ms "
-    "| GFLOP | compile, s |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| products in slices | GFLOP | compile, s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -125,6 +130,7 @@ def _line(label, name, ours, torch, variants, size, count, rounds, calls):
     least = {key: min(values) for key, values in times.items()}
     best = min(least["ours"], least["ours in slices"]) / min(least["torch"], least["torch in slices"])
     arguments = (ours.batch, ours.variables, ours.vector)
+    slice_of = (jax.tree.map(lambda leaf: leaf[:size], ours.batch), *arguments[1:])
     cells = (
         f"{label}, {count}",
         name.replace("_", " "),
@@ -134,6 +140,7 @@ def _line(label, name, ours, torch, variants, size, count, rounds, calls):
         f"{least['ours'] / least['torch']:.2f}",
         f"{best:.2f}",
         f"{1e3 * passes.floor(function, *arguments):,.0f}",
+        f"{1e3 * count / size * passes.floor(function, *slice_of):,.0f}",
         f"{passes.flops(function, *arguments) / 1e9:,.1f}",
         f"{compile_time:.1f}",
     )
@@ -156,32 +163,53 @@ def _processor() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def main() -> None:
     """Reads the flags and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=("cpu", "accelerator"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="shrunken models: checks the script")
-    parser.add_argument("--rows", help="comma-separated names of models; all by default")
-    parser.add_argument("--passes", default=",".join(passes.PASSES), help="comma-separated")
+    parser.add_argument("--models", type=_words, default=(), help="comma-separated; all by default")
+    parser.add_argument("--passes", type=_words, default=(), help="comma-separated; all by default")
+    parser.add_argument("--batches", type=_numbers, default=(), help="of the accelerator suite, comma-separated")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="of the accelerator suite; then no row is begun"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--calls", type=int, default=2, help="calls in a turn")
+    parser.add_argument("--calls", type=int, default=1, help="calls in a turn")
     parser.add_argument("--peer_python", default=sys.executable, help="a Python that has torch and transformers")
     parser.add_argument("--resnet_weights", help="an .npz of a trained ResNet-20; random weights without it")
     flags = parser.parse_args()
+    on_cpu = flags.suite == "cpu"
+    shrunken, full = (TINY_ROWS, ROWS) if on_cpu else (accelerator.TINY_ROWS, accelerator.ROWS)
+    rows = shrunken if flags.tiny else full
+    names = passes.PASSES if on_cpu else accelerator.PASSES
+    for given, known in ((flags.models, rows), (flags.passes, names)):
+        for word in given:
+            if word not in known:
+                parser.error(f"{word}: expected some of {', '.join(known)}")
+    names = flags.passes or names
     allocation.keep_freed_memory()
-    if flags.suite == "accelerator":
-        accelerator.report(tiny=flags.tiny, rows=flags.rows.split(",") if flags.rows else None)
+    if not on_cpu:
+        accelerator.report(
+            tiny=flags.tiny, chosen=flags.models, names=names, batches=flags.batches, minutes=flags.minutes
+        )
         return
-    rows = TINY_ROWS if flags.tiny else ROWS
-    if flags.rows:
-        rows = {label: rows[label] for label in flags.rows.split(",")}
+    rows = {label: row for label, row in rows.items() if label in (flags.models or rows)}
     torch = torch_process.Torch(flags.peer_python, "peers.py")
     version = torch.ask(do="version")
     print(f"{_processor()}; jax {jax.__version__}, torch {version['torch']} ({version['threads']} threads)")
     print("Milliseconds: least / median." + f"\n\n{HEADER}", flush=True)
     compare(
         rows,
-        flags.passes.split(","),
+        names,
         torch,
         rounds=flags.rounds,
         calls=flags.calls,
