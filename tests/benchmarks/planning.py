@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     command_line.configure_jax()
     resolved = settings.resolve(_configuration(arguments))
     with tempfile.TemporaryDirectory() as workdir:
-        setups = {name: runs.prepare(config, workdir, name) for name, config in resolved.items()}
+        setups = {name: train.settle(runs.prepare(config, workdir, name)) for name, config in resolved.items()}
         asked = settings.build_studies(next(iter(resolved.values())))
         parts = list(planning.collect(setups, asked))
         started = time.monotonic()
