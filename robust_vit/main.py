@@ -63,7 +63,8 @@ def main(_: list[str]) -> int:
         processes.finish()
         return errors.EXIT_REQUEUE
     path = processes.first_does(lambda: report.write([workdir], f"{workdir}/report"))
-    logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), path)
+    if path is not None:
+        logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), path)
     processes.finish()
     return 0
 
