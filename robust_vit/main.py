@@ -62,9 +62,10 @@ def main(_: list[str]) -> int:
         logger.warning("%s Run the same command again to go on.", stopped)
         processes.finish()
         return errors.EXIT_REQUEUE
-    path = processes.first_does(lambda: report.write([workdir], f"{workdir}/report"))
-    if path is not None:
-        logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), path)
+    processes.first_does(lambda: report.write([workdir], f"{workdir}/report"))
+    logger.info(
+        "finished in %s. The report: %s", progress.duration(time.monotonic() - began), f"{workdir}/report/index.html"
+    )
     processes.finish()
     return 0
 
