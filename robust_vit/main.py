@@ -28,9 +28,9 @@ def main(_: list[str]) -> int:
     # Imported after the flags are read: `--help` and a mistyped flag answer at once.
     from robust_vit import evaluate, files, planning, processes, progress, report, runs, settings, topology, train
 
+    logger = command_line.logger()
     if TOPOLOGY.value:
         topology.configure(TOPOLOGY.value, alone=not PLAN.value)
-    logger = command_line.logger()
     processes.start(**command_line.processes_given())
     stop = processes.Stop()
     config, workdir = CONFIG.value, command_line.check_workdir(WORKDIR.value)
@@ -63,9 +63,8 @@ def main(_: list[str]) -> int:
         processes.finish()
         return errors.EXIT_REQUEUE
     processes.first_does(lambda: report.write([workdir], f"{workdir}/report"))
-    logger.info(
-        "finished in %s. The report: %s", progress.duration(time.monotonic() - began), f"{workdir}/report/index.html"
-    )
+    page = f"{workdir}/report/index.html"
+    logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), page)
     processes.finish()
     return 0
 
