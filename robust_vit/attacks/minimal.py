@@ -71,8 +71,9 @@ class MinimalAttack(skeleton.Attack, kw_only=True):
         difference = last - clean
         times = jnp.full(len(last), stretch, last.dtype)
         if self.epsilon is not None:
-            room = jnp.asarray(self.epsilon, last.dtype) / self.norm.measure(difference)
-            times = jnp.where(room >= 1, jnp.minimum(room, times), times)
+            epsilon, distance = jnp.asarray(self.epsilon, last.dtype), self.norm.measure(difference)
+            room = epsilon / jnp.maximum(distance, jnp.finfo(distance.dtype).tiny)
+            times = jnp.where(distance <= norms.edge(epsilon), jnp.clip(room, 1.0, times), times)
         stretched = jnp.clip(clean + times[:, None, None, None] * difference, 0.0, 1.0)
         return skeleton.select(times == 1, last, stretched)  # The difference is rounded: once is not the same image.
 

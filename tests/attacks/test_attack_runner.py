@@ -237,9 +237,9 @@ def test_memory_is_that_of_the_slots(attack, monkeypatch):
         before, peak = sum(array.nbytes for array in jax.live_arrays()), []
         attacks.run(attack, model, stream, slots=slots)
         peaks[rounds] = max(peak)
-    assert peaks[10] == peaks[2]
-    # The clean image, the current one and the best, and those with which slots are filled.
-    assert peaks[10] <= 6 * slots * image + 4096
+    assert peaks[10] < peaks[2] + image
+    # Of each slot the clean image, the current one and the best.
+    assert peaks[10] <= 3 * slots * image + 4096
 
 
 def _brightness(images):
