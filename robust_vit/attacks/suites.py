@@ -188,7 +188,7 @@ def auto_attack(
       attacks: other attacks by name, in their order, in place of a version's. A minimal attack succeeds within epsilon.
       exact: the published budgets to the last step, at the cost of passes that hardly change a decision; see `members`.
       individual: every attack on all examples that the model gets right, so that attacks can be compared.
-      slots: examples attacked at a time, at most: where an attack meets few, they are shared among equal rounds.
+      slots: examples attacked at a time, at most: an attack that meets few takes fewer, of a few sizes that each compile it.
       stride: steps between two looks at what is finished; None as in `robust_vit.attacks.run`.
       seed: of the draws, which depend on it and the row alone.
       directory: where finished examples are saved: a killed suite goes on from there, within an attack too. The same call

@@ -25,8 +25,9 @@ class AutoAttack(study.Study):
 
     Orders and budgets are those of the authors' repository (Croce & Hein 2020, arXiv 2003.01690; `standard`: APGD on the
     cross-entropy with 100 steps, APGD on the targeted DLR loss with 9 targets, FAB with 9 targets, Square with 5,000 queries).
-    Departures: draws depend on (seed, row) and not on the batch; an attack leaves an image as soon as it has succeeded;
-    success is judged again in float32 on the returned image. Below 4 classes see `robust_vit.attacks.suites.members`.
+    Departures: draws depend on (seed, row) and not on the batch; an attack leaves an image as soon as it has succeeded, unless
+    the model draws; success is judged again in float32 on the returned image. Below 4 classes see
+    `robust_vit.attacks.suites.members`.
 
     Attributes:
       version: `standard`, `plus`, or `rand` for a stochastic model.
