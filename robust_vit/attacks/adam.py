@@ -24,21 +24,18 @@ class State(skeleton.State, kw_only=True):
     moments: moments.Moments
 
 
-class AdamAscent(skeleton.Attack, kw_only=True):
+class AdamAscent(skeleton.Climb, kw_only=True):
     """Adam's steps up the loss, projected into a ball. `robust_vit.attacks.build("adam", ...)` makes one.
 
     Attributes:
       epsilon: radius of the ball, in pixel units [0, 1].
       relative_step: Adam's learning rate, in units of epsilon.
       steps: gradient steps from the clean image.
-      stop_on_success: leave an example alone as soon as it reaches the goal; otherwise it takes all steps, and the first
-        success is what is returned.
     """
 
     epsilon: Any
     relative_step: Any
     steps: int = flax.struct.field(pytree_node=False, default=10)
-    stop_on_success: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
     def evaluations(self) -> int:
@@ -87,7 +84,7 @@ def adam(
       relative_step: Adam's learning rate in units of epsilon; `2.5 / steps` where it is not given.
       loss: `cross_entropy`, `margin`, or a named function `(logits, labels) -> [batch]`.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
-      stop_on_success: leave an example alone as soon as it reaches the goal.
+      stop_on_success: as in `pgd`.
     """
     epsilon, norm = arguments.ball(epsilon, norm, threat)
     arguments.counts(steps=steps)

@@ -44,8 +44,8 @@ def apgd(
       steps: gradient steps of a run.
       restarts: runs from random starts.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
-      stop_on_success: leave an example alone as soon as it reaches the goal. Without it, every example takes all steps, and the
-        success with the largest loss is returned, for training or to look at losses.
+      stop_on_success: leave an example alone as soon as it reaches the goal. Without it, and on a model that draws, every example
+        takes all steps, and the success with the largest loss is returned, for training or to look at losses.
     """
     epsilon, norm = arguments.ball(epsilon, norm, threat)
     arguments.counts(steps=steps, restarts=restarts)

@@ -125,7 +125,8 @@ class AutoPGD(skeleton.Attack, kw_only=True):
       radii: pairs of a radius in units of epsilon and its share of the steps: balls that a run goes through, the last being
         epsilon's.
       stop_on_success: leave an example alone as soon as it is misclassified, or the target reached, which the clean image may
-        do by itself. Without it every example takes all steps, and the result is the success with the largest objective.
+        do by itself. Without it, and on a model that draws, every example takes all steps, and the result is the success with
+        the largest objective.
     """
 
     epsilon: Any

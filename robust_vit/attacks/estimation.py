@@ -42,7 +42,7 @@ class State(skeleton.State, kw_only=True):
     moments: moments.Moments
 
 
-class EstimatedAscent(skeleton.Attack, kw_only=True):
+class EstimatedAscent(skeleton.Climb, kw_only=True):
     """Ascent along finite differences in random directions. `robust_vit.attacks.build("nes", ...)` or `"spsa"` makes one.
 
     Attributes:
@@ -99,7 +99,8 @@ class EstimatedAscent(skeleton.Attack, kw_only=True):
         achieved = self.achieves(logits[0], state.labels)
         updated = state.moments.update(estimate)
         moved = self._move(state, updated)
-        return skeleton.follow(state, moved, achieved, is_flat, stop_on_success=True, moments=updated)
+        stop = self.stop_on_success
+        return skeleton.follow(state, moved, achieved, is_flat, stop_on_success=stop, moments=updated)
 
     def _move(self, state: State, updated: moments.Moments) -> jax.Array:
         epsilon = jnp.asarray(self.epsilon, state.clean.dtype)
@@ -123,7 +124,8 @@ def nes(
     """Natural evolution strategies: ascent along Gaussian finite differences (Ilyas et al. 2018, arXiv 1804.08598).
 
     The directions are antithetic, the step is steepest in the norm, along estimates with momentum 0.9, as in the paper's code.
-    What is asked may lie outside [0, 1] by the radius; what is returned does not. An example is left alone at its first success.
+    What is asked may lie outside [0, 1] by the radius; what is returned does not. An example is left alone at its first success,
+    unless the model draws.
 
     Cost: `steps * (1 + 2 * samples)` forward passes at most, one that judges, and no backward pass. A step holds
     `batch * (1 + 2 * samples)` images at a time.

@@ -153,6 +153,7 @@ def fab(
     retreat: float = 0.9,
     candidates: int = 10,
     goal: str | skeleton.Goal = "untargeted",
+    end_early: bool = True,
 ) -> skeleton.Attack:
     """FAB, L-infinity, L2 or L1, towards the nearest boundary (Croce & Hein 2020, arXiv 1907.02044, algorithm 1).
 
@@ -173,10 +174,11 @@ def fab(
       candidates: classes whose boundaries are looked at, the label among them; at least 2.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach, and each step goes to the
         boundary with the most likely other class, for one backward pass.
+      end_early: False seeks on in spite of epsilon, as AutoAttack does: it then sets the random starts alone.
     """
     arguments.counts(least=2, candidates=candidates)
     goal = arguments.find("goal", goal, skeleton.GOALS)
-    options = {"candidates": candidates, "goal": goal}
+    options = {"candidates": candidates, "goal": goal, "end_early": bool(end_early)}
     return _build("fab", epsilon, norm, threat, steps, restarts, bias, overshoot, retreat, **options)
 
 
@@ -191,6 +193,7 @@ def fab_t(
     bias: float = 0.1,
     overshoot: float = 1.05,
     retreat: float = 0.9,
+    end_early: bool = True,
 ) -> skeleton.Attack:
     """FAB towards the boundary of one likely class after the other, as in AutoAttack; any other class is a success.
 
@@ -201,7 +204,8 @@ def fab_t(
       targets: classes, the most likely ones at the clean image; all others where there are fewer.
     """
     arguments.counts(targets=targets)
-    return _build("fab_t", epsilon, norm, threat, steps, restarts, bias, overshoot, retreat, targets=targets)
+    options = {"targets": targets, "end_early": bool(end_early)}
+    return _build("fab_t", epsilon, norm, threat, steps, restarts, bias, overshoot, retreat, **options)
 
 
 def _build(name, epsilon, norm, threat, steps, restarts, bias, overshoot, retreat, **options) -> skeleton.Attack:

@@ -125,7 +125,8 @@ def fgsm(
     """The fast gradient method: one step of length epsilon from the clean image (Goodfellow et al. 2015, arXiv 1412.6572).
 
     Cost: two forward passes and one backward pass, the judging pass included. Arguments as in `pgd`. With
-    `stop_on_success` an image that is misclassified as it is stays as it is; without, every image takes the step.
+    `stop_on_success` an image that is misclassified as it is stays as it is; without, and on a model that draws, every image
+    takes the step.
     """
     return pgd(
         epsilon=epsilon,
@@ -250,7 +251,8 @@ def pgd(
       loss: `cross_entropy`, `margin` (does not saturate where the softmax does), or a named function
         `(logits, labels) -> [batch]`.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
-      stop_on_success: leave an example alone as soon as it reaches the goal; the rate of success is the same or higher.
+      stop_on_success: leave an example alone as soon as it reaches the goal; the rate of success is the same or higher. On a
+        model that draws every example takes all steps: there a first success is luck.
     """
     epsilon, norm = arguments.ball(epsilon, norm, threat)
     arguments.counts(steps=steps, restarts=restarts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -30,14 +31,17 @@ class State(skeleton.State, kw_only=True):
 class MinimalAttack(skeleton.Attack, kw_only=True):
     """The base of minimal attacks: `best` is the nearest success met, at any distance.
 
-    An image that reaches the goal as it is stays as it is, at distance 0, after one step.
+    An image that reaches the goal as it is stays as it is, at distance 0, after one step. On a model that draws, the nearest
+    success met is the luckiest draw's, and may be none in the draws that judge: seek in a ball there.
 
     Attributes:
       epsilon: an example is done as soon as a success at most this far away is met, which saves passes where only the accuracy
         at this size is asked for. None seeks on to the end.
+      end_early: False seeks on in spite of epsilon.
     """
 
     epsilon: Any = None
+    end_early: bool = flax.struct.field(pytree_node=False, default=True)
 
     minimal: ClassVar[bool] = True
 
@@ -47,10 +51,12 @@ class MinimalAttack(skeleton.Attack, kw_only=True):
         return len(_STRETCHES)
 
     def answer(self, model: skeleton.Model, state: State) -> jax.Array:
-        """The nearest success, at the first of a few stretches of its distance that the model takes as one; else the images."""
+        """The nearest success, at the first of a few stretches of its distance that the model takes as one; else the images.
+
+        No stretch takes a success within epsilon out of it.
+        """
         last = skeleton.select(state.success, state.best, state.images)
-        difference = last - state.clean
-        tried = [last] + [jnp.clip(state.clean + stretch * difference, 0.0, 1.0) for stretch in _STRETCHES[1:]]
+        tried = [last, *(self._stretched(last, state.clean, stretch) for stretch in _STRETCHES[1:])]
         times = len(tried) - 1  # The last one is judged by `finish`.
         keys, labels, counts = (jnp.concatenate([array] * times) for array in (state.keys, state.labels, state.count))
         logits = evaluation.logits(model, jnp.concatenate(tried[:-1]), keys, counts)
@@ -61,12 +67,23 @@ class MinimalAttack(skeleton.Attack, kw_only=True):
             found = skeleton.select(holds, images, found)
         return skeleton.select(state.success, found, last)
 
+    def _stretched(self, last: jax.Array, clean: jax.Array, stretch: float) -> jax.Array:
+        difference = last - clean
+        times = jnp.full(len(last), stretch, last.dtype)
+        if self.epsilon is not None:
+            epsilon, distance = jnp.asarray(self.epsilon, last.dtype), self.norm.measure(difference)
+            room = epsilon / jnp.maximum(distance, jnp.finfo(distance.dtype).tiny)
+            times = jnp.where(distance <= norms.edge(epsilon), jnp.clip(room, 1.0, times), times)
+        stretched = jnp.clip(clean + times[:, None, None, None] * difference, 0.0, 1.0)
+        return skeleton.select(times == 1, last, stretched)  # The difference is rounded: once is not the same image.
+
     def record(self, state: State, images: jax.Array, achieved: Bool[Array, " batch"]) -> State:
         """The state with those of `images` that achieve the goal nearer to the clean image than any before. No passes."""
         distance = self.norm.measure(images - state.clean)
         nearer = achieved & (distance < state.nearest)
         nearest = jnp.where(nearer, distance, state.nearest)
-        enough = jnp.asarray(0.0 if self.epsilon is None else self.epsilon, nearest.dtype)
+        ends = self.end_early and self.epsilon is not None
+        enough = jnp.asarray(self.epsilon if ends else 0.0, nearest.dtype)
         return state.replace(
             done=state.done | (nearest <= enough),
             success=state.success | achieved,

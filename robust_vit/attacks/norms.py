@@ -235,12 +235,17 @@ def normalize(norm: Norm, differences: jax.Array) -> jax.Array:
     return scaled / jnp.where(length > 0, length, 1.0)
 
 
-def within(distance: Float[np.ndarray, " ..."], radius: float | np.ndarray) -> Bool[np.ndarray, " ..."]:
-    """Whether distances that were measured on float32 images are at most the radius, rounding aside.
+def edge(radius: float | jax.Array) -> float | jax.Array:
+    """The largest distance, measured on float32 images, that counts as within the radius.
 
     A pixel near 1 is rounded by up to 6e-8 whatever the radius, which is more than a hundred-thousandth of a small one.
     """
-    return np.asarray(distance) <= radius * (1 + _RELATIVE) + _ABSOLUTE
+    return radius * (1 + _RELATIVE) + _ABSOLUTE
+
+
+def within(distance: Float[np.ndarray, " ..."], radius: float | np.ndarray) -> Bool[np.ndarray, " ..."]:
+    """Whether distances that were measured on float32 images are at most the radius, rounding aside."""
+    return np.asarray(distance) <= edge(radius)
 
 
 def find(norm: str | Norm) -> Norm:

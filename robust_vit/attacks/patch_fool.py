@@ -178,7 +178,7 @@ def patch_fool(
       decay_every: steps.
       loss: `cross_entropy`, `margin`, or a named function `(logits, labels) -> [batch]`.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
-      stop_on_success: leave an example alone as soon as it reaches the goal.
+      stop_on_success: as in `pgd`.
     """
     arguments.counts(patch=patch, patches=patches)
     for block in (layer, *layers):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import pathlib
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from robust_vit import errors, files, loops
+from robust_vit import errors, files, loops, processes
 from robust_vit import mesh as meshes
 from robust_vit import programs as compiled
 from robust_vit.attacks import evaluation, inputs, skeleton
@@ -62,6 +64,8 @@ class RunResult:
 
 
 _JUDGED = ("success", "prediction", "loss", "distance", "forward_passes", "backward_passes", "vanished")
+_PLAIN = str | int | float | None
+_IDENTIFYING = ("position", "row", "label", "pixels")  # `pixels` is a checksum.
 
 
 def example_keys(seed: int, rows: jax.Array) -> jax.Array:
@@ -104,8 +108,9 @@ def run(
         a hundred times in an attack that takes all its evaluations, and at most after every second.
       refill: False fills the slots only when all are free, as a plain loop over batches does.
       keep_images: return the adversarial images as well.
-      directory: where to save finished examples, so that a killed run goes on from there. Another attack, model or setting
-        than the one that wrote it is a `UserError`.
+      directory: where to save finished examples, so that a killed run goes on from there; of several processes the first
+        writes, and all read. Another attack, model or setting than the one that wrote it, or other examples, are a `UserError`.
+        Those that are not given again are left out of the result.
       mesh: devices that share the slots, or None for JAX's default device; every process makes the same call.
 
     Raises:
@@ -198,7 +203,9 @@ class _Pool:
         if ended:
             moving = {name: meshes.fetch(getattr(self.state, name)) for name in skeleton.JUDGED}
             for slot in ended:
-                self.finished.append((self.occupants[slot], {name: array[slot] for name, array in moving.items()}))
+                # Copies: a view of one slot would keep the state of all.
+                kept = {name: np.array(array[slot]) for name, array in moving.items()}
+                self.finished.append((self.occupants[slot], kept))
                 self.occupants[slot] = None
 
     def judge(self) -> dict[str, np.ndarray]:
@@ -212,6 +219,7 @@ class _Pool:
         found = {name: meshes.fetch(getattr(result, name))[: len(batch)] for name in _JUDGED}
         for name, column in (("position", 0), ("row", 1), ("label", 3)):
             found[name] = np.asarray([example[column] for example, _ in batch], np.int32)
+        found["pixels"] = np.asarray([_checksum(example[2]) for example, _ in batch], np.uint32)
         if not np.isfinite(found["loss"]).all():
             rows = found["row"][~np.isfinite(found["loss"])]
             raise errors.UserError(
@@ -221,7 +229,7 @@ class _Pool:
         if self.keep_images:
             found["images"] = meshes.fetch(result.images)[: len(batch)]
         # Every example's share of the executed passes is written with it, so that a resumed run can add them up.
-        judged = self.slots * self.attack.judge_passes
+        judged = self.slots * self.attack.against(self.model).judge_passes
         passes = np.asarray(self.attack.step_passes) * self.executed + np.asarray([judged, 0])
         found["executed"] = passes.astype(np.int64) * evaluation.passes(self.model)
         self.executed = 0
@@ -244,56 +252,70 @@ def _fill(state: skeleton.State, incoming: skeleton.State, fresh: jax.Array) -> 
 
 
 class _Store:
-    """Finished examples: in memory, and in a directory where one is given."""
+    """Finished examples: in memory, and in a directory where one is given, which all processes see and the first writes."""
 
     def __init__(self, directory, attack, model, settings: dict[str, Any]):
         self.parts: list[dict[str, np.ndarray]] = []
         self.directory = None if directory is None else pathlib.Path(directory)
-        self.saved: dict[int, tuple[int, int]] = {}
+        self.saved: dict[int, list[int]] = {}
+        self.given = 0
         if self.directory is None:
             return
-        settings = files.jsonable({**settings, "attack": _describe(attack), "model": _checksum(model)})
+        identities = {"attack": _identity(attack), "model": _checksum(str(_identity(model)).encode())}
+        settings = files.jsonable({**settings, **identities})
         path = self.directory / "settings.json"
-        if path.exists():
+        if processes.is_first():
+            self.directory.mkdir(parents=True, exist_ok=True)
+        processes.barrier("the directory of an attack")
+        processes.check_shared(self.directory)
+        if processes.first_finds(path.exists):
             previous = files.read_json(path)
             changed = sorted(name for name in settings if settings[name] != previous.get(name))
             if changed:
                 raise errors.UserError(
                     f"{self.directory} holds a run with another {' and '.join(changed)}: choose another directory, or remove it."
                 )
-        else:
+        elif processes.is_first():
             files.write_json(path, settings)
-        for part in sorted(self.directory.glob("part_*.npz")):
+        count = processes.first_finds(lambda: len(self._saved_parts()))
+        for part in self._saved_parts()[:count]:
             self.parts.append(files.read_npz(part))
-            found = self.parts[-1]
-            identities = zip(found["row"].tolist(), found["label"].tolist(), strict=True)
-            self.saved.update(zip(found["position"].tolist(), identities, strict=True))
+            columns = {name: array.tolist() for name, array in self.parts[-1].items() if name in _IDENTIFYING}
+            examples = zip(*(columns[name] for name in _IDENTIFYING), strict=True)
+            self.saved.update({position: example for position, *example in examples})
+
+    def _saved_parts(self) -> list[pathlib.Path]:
+        return sorted(self.directory.glob("part_*.npz"))
 
     def lacks(self, example: Example) -> bool:
-        position, row, _, label = example
+        position, row, image, label = example
+        self.given += 1
         if position not in self.saved:
             return True
-        if self.saved[position] != (row, label):
+        saved = self.saved[position]
+        if saved != [row, label, _checksum(image)]:
+            pixels = " of other pixels" if saved[:2] == [row, label] else ""
             raise errors.UserError(
                 f"{self.directory} holds a run over other examples (number {position} is row {row} with label {label}, and was "
-                f"row {self.saved[position][0]} with label {self.saved[position][1]}): choose another directory, or remove it."
+                f"row {saved[0]} with label {saved[1]}{pixels}): choose another directory, or remove it."
             )
         return False
 
     def add(self, found: dict[str, np.ndarray]) -> None:
-        if self.directory is not None:
-            taken = [int(part.stem.removeprefix("part_")) for part in self.directory.glob("part_*.npz")]
+        if self.directory is not None and processes.is_first():
+            taken = [int(part.stem.removeprefix("part_")) for part in self._saved_parts()]
             files.write_npz(self.directory / f"part_{max(taken, default=-1) + 1:05d}.npz", found)
         self.parts.append(found)
 
     def result(self) -> RunResult:
-        if not self.parts:
+        if not self.given:
             raise errors.UserError("there are no examples to attack: the images are empty, or all of them are masked.")
         executed = sum(part["executed"] for part in self.parts)
-        names = [name for name in self.parts[0] if name != "executed"]
+        names = [name for name in self.parts[0] if name not in ("executed", "pixels")]
         merged = {name: np.concatenate([part[name] for part in self.parts]) for name in names}
-        order = np.argsort(merged.pop("position"), kind="stable")
-        ordered = {name: array[order] for name, array in merged.items()}
+        position = merged.pop("position")
+        order = np.argsort(position, kind="stable")
+        ordered = {name: array[order[: self.given]] for name, array in merged.items()}
         return RunResult(
             **{"images": None, **ordered},
             executed_forward_passes=int(executed[0]),
@@ -305,9 +327,14 @@ def _examples(examples, attack, model, slots: int, mesh: Mesh | None) -> Iterato
     position = 0
     for batch in [examples] if isinstance(examples, Mapping) else examples:
         images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
-        inputs.check_values(model, images, labels)
         rows = np.asarray(batch["row"]) if "row" in batch else np.arange(position, position + len(images))
-        mask = np.asarray(batch["mask"]) if "mask" in batch else np.ones(len(images), bool)
+        mask = np.asarray(batch["mask"], bool) if "mask" in batch else np.ones(len(images), bool)
+        for name, array in (("mask", mask), ("row", rows)):
+            if array.shape != images.shape[:1]:
+                raise errors.UserError(f"{name} is {array.shape}: expected one number an image, ({len(images)},).")
+        # Padding may be anything; labels of another length are refused as they are.
+        real = slice(None) if mask.all() or labels.shape[:1] != mask.shape else mask
+        inputs.check_values(model, images[real], labels[real])
         if position == 0 and mask.any():
             # As many images as there are slots, repeated if need be: the shape that the devices divide.
             chosen = np.resize(np.flatnonzero(mask), slots)
@@ -322,15 +349,37 @@ def _padded(items: list, length: int) -> list:
     return items + [items[0]] * (length - len(items))
 
 
-def _describe(attack: skeleton.Attack) -> dict[str, Any]:
-    def name(value):
-        return getattr(value, "name", None) or getattr(value, "__qualname__", None) or files.jsonable(value)
-
-    return {field.name: name(getattr(attack, field.name)) for field in dataclasses.fields(attack)}
+def _checksum(content: np.ndarray | bytes) -> int:
+    return zlib.crc32(np.ascontiguousarray(content).tobytes() if isinstance(content, np.ndarray) else content)
 
 
-def _checksum(model: skeleton.Model) -> str:
-    checksum = zlib.crc32(str(jax.tree.structure(model)).encode())
-    for leaf in jax.tree.leaves(model):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
-    return f"{checksum:08x}"
+def _identity(value: Any) -> Any:
+    """What a value is in any process: numbers, checksums of arrays, names of classes and functions; never an address."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        value = meshes.fetch(jax.random.key_data(value) if is_key else value)
+        return [str(value.dtype), value.shape, _checksum(value)] if value.ndim else value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _identity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_identity(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # A module of Linen leaves its parent out of its text, and so does this.
+        shown = [field.name for field in dataclasses.fields(value) if field.repr]
+        return {"class": _name(type(value)), **{name: _identity(getattr(value, name)) for name in shown}}
+    if hasattr(value, "__qualname__"):
+        # Functions of one name, made by one function, differ in the arrays and numbers that they were made with.
+        value = inspect.unwrap(value)
+        made_with = [getattr(value, "__self__", None)]
+        made_with += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        made_with = [leaf for leaf in jax.tree.leaves(made_with) if hasattr(leaf, "dtype") or isinstance(leaf, _PLAIN)]
+        return [_name(value), *map(_identity, made_with)]
+    if not jax.tree_util.all_leaves([value]):
+        return [_name(type(value)), *map(_identity, jax.tree.leaves(value))]
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"

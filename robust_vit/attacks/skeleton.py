@@ -133,6 +133,16 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
         """Forward passes that judging takes."""
         return 1
 
+    def against(self, model: Model) -> Attack:
+        """The attack as it is run on this model; its counts of passes are those to plan with.
+
+        A model that draws (`stochastic`, so an `Expectation` too) is fooled now and then by an image that it gets right in its
+        next draws: there no success ends an example, whatever `stop_on_success` says.
+        """
+        if getattr(model, "stochastic", False) and getattr(self, "stop_on_success", False):
+            return self.replace(stop_on_success=False)
+        return self
+
     def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
         """The state before any evaluation. No passes."""
         return State(**blank(keys, images, labels))
@@ -178,7 +188,7 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
         """Judges the images that the attack returns by the model in float32. `judge_passes` forward passes."""
         twin = classifier.in_float32(model)
         with jax.default_matmul_precision("highest"):
-            images = self.answer(twin, state)
+            images = self.against(model).answer(twin, state)
             # Draws of their own: an attack on a stochastic model is not judged on those that it has seen.
             logits = evaluation.logits(twin, images, state.keys, _JUDGE)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -189,7 +199,7 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
             prediction=jnp.argmax(logits, axis=-1).astype(jnp.int32),
             loss=self.loss(logits, state.labels),
             distance=self.norm.measure(images - state.clean),
-            forward_passes=state.count * forward + evaluation.passes(model) * self.judge_passes,
+            forward_passes=state.count * forward + evaluation.passes(model) * self.against(model).judge_passes,
             backward_passes=state.count * backward,
             vanished=state.vanished,
         )
@@ -203,8 +213,9 @@ class Climb(Attack, kw_only=True):
     """The base of attacks that move an image step by step and return where they end.
 
     Attributes:
-      stop_on_success: leave an example alone as soon as it reaches the goal, which the clean image may do by itself. Without it
-        every example takes all steps, and the images are the last iterates unless only an earlier one reached the goal.
+      stop_on_success: leave an example alone as soon as it reaches the goal, which the clean image may do by itself. Without it,
+        and on a model that draws, every example takes all steps, and the images are the last iterates unless only an earlier
+        one reached the goal.
     """
 
     stop_on_success: bool = flax.struct.field(pytree_node=False, default=True)
@@ -250,7 +261,7 @@ def follow(
 def advance(state: State, index: jax.Array, attack: Attack, model: Model) -> State:
     """One step of the examples that are not done, counted; in the form that `loops.repeat` takes."""
     del index
-    stepped = attack.step(model, state)
+    stepped = attack.against(model).step(model, state)
     count = state.count + 1
     stepped = stepped.replace(count=count, done=stepped.done | (count >= attack.evaluations))
     moving = {

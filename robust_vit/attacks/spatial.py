@@ -55,8 +55,8 @@ class RotoTranslation(skeleton.Attack, kw_only=True):
       tries: random draws, uniform within the limits, where there is no grid.
       padding: what a transform brings in from beyond the image; one of `warps.PADDINGS`.
       together: transforms of one step.
-      stop_on_success: return the first transform that reaches the goal, in their order; otherwise all are tried, and the one of
-        the highest loss among those that reach it is returned.
+      stop_on_success: return the first transform that reaches the goal, in their order; otherwise, and on a model that draws, all
+        are tried, and the one of the highest loss among those that reach it is returned.
     """
 
     shift: Any
@@ -223,8 +223,8 @@ def roto_translation(
       tries: random draws in place of the grid, uniform within the limits.
       padding: `zeros`, `edge` or `reflect`: what comes in from beyond the image.
       together: transforms of one step, as one batch.
-      stop_on_success: leave an example at the first transform that reaches the goal, the farthest first; otherwise return the
-        one of the highest loss among those that reach it, as the paper does.
+      stop_on_success: leave an example at the first transform that reaches the goal, the farthest first; otherwise, and on a
+        model that draws, return the one of the highest loss among those that reach it, as the paper does.
       norm: of the result's `distance`.
       loss: `cross_entropy`, `margin`, or a named function: decides where no transform reaches the goal.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.

@@ -24,7 +24,7 @@ class State(skeleton.State, kw_only=True):
     Attributes:
       current: the image that the present restart changes.
       value: of the loss at `current`, in the direction of the goal.
-      closest: of the loss at `images`, the highest met so far.
+      closest: of the loss at `images`, the highest met so far; among successes, once there is one.
     """
 
     current: Float[Array, "batch height width channels"]
@@ -61,6 +61,8 @@ class Square(skeleton.Attack, kw_only=True):
       queries: proposals after each start.
       restarts: starts, at least one.
       rescale: the schedule of ten thousand queries is played over `queries`, rather than cut off there.
+      stop_on_success: leave an example alone as soon as it reaches the goal. On a model that draws every example takes all
+        queries, and the success with the largest loss is returned.
     """
 
     epsilon: Any
@@ -68,6 +70,7 @@ class Square(skeleton.Attack, kw_only=True):
     queries: int = flax.struct.field(pytree_node=False, default=5000)
     restarts: int = flax.struct.field(pytree_node=False, default=1)
     rescale: bool = flax.struct.field(pytree_node=False, default=True)
+    stop_on_success: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
     def evaluations(self) -> int:
@@ -101,16 +104,17 @@ class Square(skeleton.Attack, kw_only=True):
         logits = evaluation.logits(model, asked, state.keys, state.count)
         achieved = self.achieves(logits, state.labels)
         value = (self.goal.direction * self.loss(logits, state.labels)).astype(state.value.dtype)
-        kept = is_clean | is_start | achieved | (value > state.value)
-        nearer = achieved | (value > state.closest)
+        first = achieved & ~state.success
+        kept = is_clean | is_start | first | (value > state.value)
+        nearer = first | ((achieved == state.success) & (value > state.closest))
         return state.replace(
             current=skeleton.select(kept, asked, state.current),
             value=jnp.where(kept, value, state.value),
             images=skeleton.select(nearer, asked, state.images),
             closest=jnp.where(nearer, value, state.closest),
-            done=state.done | achieved,
+            done=state.done | achieved if self.stop_on_success else state.done,
             success=state.success | achieved,
-            best=skeleton.select(achieved, asked, state.best),
+            best=skeleton.select(nearer & achieved, asked, state.best),
         )
 
     def _share(self, proposal: jax.Array) -> Float[Array, " batch"]:
@@ -240,10 +244,10 @@ def square(
 ) -> skeleton.Attack:
     """The Square attack (Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3; AutoAttack's `square.py`).
 
-    It asks for logits only, so masked gradients do not stop it. It leaves an example alone as soon as it reaches the goal. Beside
-    AutoAttack it draws a square for each example rather than one for the batch, anywhere in the image as the paper has it
-    (AutoAttack never reaches the last row and column), looks at the clean image first, and returns the image of the highest
-    loss where it has no success.
+    It asks for logits only, so masked gradients do not stop it. It leaves an example alone as soon as it reaches the goal, unless
+    the model draws. Beside AutoAttack it draws a square for each example rather than one for the batch, anywhere in the image as
+    the paper has it (AutoAttack never reaches the last row and column), looks at the clean image first, and returns the image of
+    the highest loss where it has no success.
 
     Cost: `1 + restarts * (queries + 1)` forward passes at most, one that judges, and no backward pass.
 

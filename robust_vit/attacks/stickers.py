@@ -131,7 +131,7 @@ def stickers(
       norm: `linf` or `l2`.
       threat: a threat model or its name, in place of `epsilon` and `norm`.
       steps, learning_rate, decay, decay_every, loss, goal: as in `patch_fool`.
-      stop_on_success: leave an example alone as soon as it reaches the goal; off, since a sticker is to hold in views to come.
+      stop_on_success: as in `pgd`; off, since a sticker is to hold in views to come.
     """
     shared = masked.settings(
         epsilon=epsilon,

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import figure as matplotlib_figure
 
 from robust_vit import attacks, errors, plots, programs, tables
-from robust_vit.attacks import suites
+from robust_vit.attacks import evaluation, suites
 from robust_vit.metrics import classification, statistics
 from robust_vit.studies import attack_figures, forward, study
 
@@ -25,8 +25,9 @@ class AutoAttack(study.Study):
 
     Orders and budgets are those of the authors' repository (Croce & Hein 2020, arXiv 2003.01690; `standard`: APGD on the
     cross-entropy with 100 steps, APGD on the targeted DLR loss with 9 targets, FAB with 9 targets, Square with 5,000 queries).
-    Departures: draws depend on (seed, row) and not on the batch; an attack leaves an image as soon as it has succeeded;
-    success is judged again in float32 on the returned image. Below 4 classes see `robust_vit.attacks.suites.members`.
+    Departures: draws depend on (seed, row) and not on the batch; an attack leaves an image as soon as it has succeeded, unless
+    the model draws; success is judged again in float32 on the returned image. Below 4 classes see
+    `robust_vit.attacks.suites.members`.
 
     Attributes:
       version: `standard`, `plus`, or `rand` for a stochastic model.
@@ -63,11 +64,13 @@ class AutoAttack(study.Study):
             attacks.threat(self.threat)
 
     def applicable(self, subject: study.Subject) -> str | None:
-        """Needs a threat model, two classes, and a model that can be differentiated."""
+        """Needs a threat model, two classes, a model that can be differentiated, and for `rand` one that draws."""
         if self.threat is None and subject.threat is None:
             return "no threat model is set: give one such as threat='cifar10/linf-8'"
         if subject.num_classes < 2:
             return "the model has one class"
+        if self.version == "rand" and not getattr(subject.classifier, "stochastic", False):
+            return "AutoAttack rand is for stochastic models: use version='standard' for this one"
         return forward.not_differentiable(subject)
 
     def most(self, subject: study.Subject) -> int:
@@ -82,7 +85,8 @@ class AutoAttack(study.Study):
 
     def _members(self, subject: study.Subject) -> dict[str, attacks.Attack]:
         threat = self._threat(subject)
-        return suites.members(self.version, epsilon=threat.epsilon, norm=threat.norm, classes=subject.num_classes)[0]
+        found, _ = suites.members(self.version, epsilon=threat.epsilon, norm=threat.norm, classes=subject.num_classes)
+        return {name: attack.against(subject.classifier) for name, attack in found.items()}
 
     def chunks(self, subject: study.Subject) -> int:
         """One for every `together` images."""
@@ -91,17 +95,19 @@ class AutoAttack(study.Study):
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """The most that the study can take: for a model that nothing breaks."""
         images = len(self._stream(subject)) * self.together
-        found = np.zeros(2, np.int64)
+        found = np.asarray([1, 0])  # The judgement of the clean image.
         for attack in self._members(subject).values():
             found += np.asarray(attack.step_passes) * attack.evaluations + np.asarray([attack.judge_passes, 0])
-        return images * (int(found[0]) + 2), images * int(found[1])
+        found *= evaluation.passes(suites.asked(subject.classifier, self.version))
+        return images * (int(found[0]) + 1), images * int(found[1])
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """The clean forward pass, and start, step and judgement of each attack, with all slots in use."""
         chunks = self.chunks(subject)
         images = forward.images(subject, self.batch)
         found = [forward.program(subject, self.together, times=chunks)]
-        planned = suites.programs(self._members(subject), subject.classifier, images, examples=self.together)
+        model = suites.asked(subject.classifier, self.version)
+        planned = suites.programs(self._members(subject), model, images, examples=self.together)
         found += [dataclasses.replace(program, times=program.times * chunks) for program in planned]
         return found
 

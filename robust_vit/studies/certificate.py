@@ -91,8 +91,11 @@ class Certificate(study.Study):
         return subject.test.with_batch(self.batch, limit=self.examples)
 
     def _attack(self, radius: float) -> attacks.Attack:
-        # The draws of one step say little, so no success of theirs ends the attack.
-        return attacks.build("pgd", epsilon=radius, norm="l2", steps=self.steps, stop_on_success=False)
+        return attacks.build("pgd", epsilon=radius, norm="l2", steps=self.steps)
+
+    def _smoothed(self, subject: study.Subject, sigma: float) -> Any:
+        """What the attack sees."""
+        return smoothing.smooth(subject.classifier, sigma=sigma, samples=self.attack_samples)
 
     def _votes(self) -> int:
         return smoothing.Vote(self.samples, self.selection, self.estimation).chunks * self.samples
@@ -105,7 +108,10 @@ class Certificate(study.Study):
         """Votes for the clean image and each attacked one, and the steps of the attacks on every draw."""
         images = self.chunks(subject) * self.batch
         runs = len(self.radii) if self.steps else 0
-        steps, judged = (self._attack(1.0).evaluations, self._attack(1.0).judge_passes) if self.steps else (0, 0)
+        steps, judged = 0, 0
+        if self.steps:
+            attack = self._attack(1.0).against(self._smoothed(subject, 1.0))
+            steps, judged = attack.evaluations, attack.judge_passes
         sigmas = len(self.sigmas)
         backward = sigmas * runs * steps * self.attack_samples
         forward_ = sigmas * ((1 + runs) * self._votes() + runs * judged * self.attack_samples) + backward
@@ -122,8 +128,7 @@ class Certificate(study.Study):
             smoothing.program(subject.classifier, images, times=runs + attacked, **sizes),
         ]
         if self.steps:
-            smoothed = smoothing.smooth(subject.classifier, sigma=1.0, samples=self.attack_samples)
-            planned = attacks.programs(self._attack(1.0), smoothed, images)
+            planned = attacks.programs(self._attack(1.0), self._smoothed(subject, 1.0), images)
             found += [dataclasses.replace(program, times=program.times * attacked) for program in planned]
         return found
 
@@ -161,7 +166,7 @@ class Certificate(study.Study):
             records[f"votes/{name}"] = found.votes[mask]
             if not self.steps:
                 continue
-            smoothed = smoothing.smooth(subject.classifier, sigma=sigma, samples=self.attack_samples)
+            smoothed = self._smoothed(subject, sigma)
             broken = []
             for radius in self.radii:
                 attacked = mesh.fetch(self._attack(radius)(smoothed, keys, images, given).images)

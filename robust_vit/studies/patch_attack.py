@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -143,7 +143,7 @@ class PatchAttack(study.Study):
             )
         return known[settings]
 
-    def _material(self, subject: study.Subject) -> list[dict[str, jax.Array]]:
+    def _material(self, subject: study.Subject) -> _Placed:
         """Batches to learn from: of the training stream, else of the validation images."""
         count = -(-self.learned_images // self.batch)
         if subject.train is not None:
@@ -152,7 +152,7 @@ class PatchAttack(study.Study):
             stream = subject.validation.with_batch(self.batch, limit=self.learned_images)
             found = (stream.batch(i) for i in range(len(stream)))
         names = ("image", "label", "mask")
-        return [subject.put({name: batch[name] for name in names if name in batch}) for batch in found]
+        return _Placed(subject, [{name: batch[name] for name in names if name in batch} for batch in found])
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """The class that each image is taken for clean, and at each area under the learned patch and under noise."""
@@ -259,6 +259,17 @@ class PatchAttack(study.Study):
         difference = statistics.paired_difference(*(one.astype(float) for one in bits))
         quantity = f"accuracy, patch on {first.summary['areas'][-1]:.0%}"
         return [study.comparison(quantity, difference, statistics.mcnemar(*bits), "+.2%")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """Batches on the host, of which each is on the subject's devices while it is looked at."""
+
+    subject: study.Subject
+    batches: list[dict[str, np.ndarray]]
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        return map(self.subject.put, self.batches)
 
 
 def _share(bits: np.ndarray, among: np.ndarray | None = None) -> dict[str, Any] | None:

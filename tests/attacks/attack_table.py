@@ -46,7 +46,7 @@ ROWS = {
         sharp={"steps": 40, "relative_step": 0.5, "schedule": "cosine"},
         restarts=True,
     ),
-    "apgd": Row("bounded", ("linf",), exact=(), options={"steps": 6}),
+    "apgd": Row("bounded", ("linf", "l2", "l1"), exact=(), options={"steps": 6}, restarts=True),
     # In L1 its steps are equal whatever the gradient, which the projection takes back where two or three values are all that
     # matters; see test_attack_apgd.
     "apgd_ce": Row(
@@ -57,7 +57,9 @@ ROWS = {
         sharp={"steps": 50},
         restarts=True,
     ),
-    "apgd_dlr": Row("bounded", ("linf",), exact=(), goals=("untargeted",), options={"steps": 10}),
+    "apgd_dlr": Row(
+        "bounded", ("linf", "l2", "l1"), exact=(), goals=("untargeted",), options={"steps": 10}, restarts=True
+    ),
     "apgd_t": Row(
         "bounded",
         ("linf",),

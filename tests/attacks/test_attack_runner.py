@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_vit import attacks, classifier, errors
+from robust_vit import attacks, classifier, errors, processes
+from robust_vit.attacks import runner
 
 COUNT, CLASSES, SHAPE = 23, 4, (4, 4, 2)
 
@@ -98,7 +99,9 @@ def test_batches_with_padding_are_examples(attack, examples):
         for start in range(0, COUNT, 8):
             rows = np.minimum(np.arange(start, start + 8), COUNT - 1)
             batch = {name: array[rows] for name, array in examples.items()}
-            yield {**batch, "mask": np.arange(start, start + 8) < COUNT}
+            mask = np.arange(start, start + 8) < COUNT
+            batch["image"][~mask], batch["label"][~mask] = np.nan, -1  # Padding may be anything.
+            yield {**batch, "mask": mask}
 
     whole = attacks.run(attack, _model(), examples, **OPTIONS)
     _assert_same(attacks.run(attack, _model(), batches(), **OPTIONS), whole)
@@ -151,6 +154,99 @@ def test_a_directory_of_another_run_is_refused(change, message, attack, examples
         attacks.run(other, _model(seed=change.get("model", 0)), changed, directory=tmp_path, **options)
 
 
+def test_a_directory_of_other_pixels_is_refused(attack, examples, tmp_path):
+    few = {name: array[:6] for name, array in examples.items()}
+    attacks.run(attack, _model(), few, directory=tmp_path, **OPTIONS)
+    with pytest.raises(errors.UserError, match="label . of other pixels"):
+        attacks.run(attack, _model(), {**few, "image": few["image"][:, ::-1]}, directory=tmp_path, **OPTIONS)
+
+
+def test_of_a_directory_only_the_given_examples_are_returned(attack, examples, tmp_path):
+    whole = attacks.run(attack, _model(), examples, directory=tmp_path, **OPTIONS)
+    few = {name: array[:6] for name, array in examples.items()}
+    _assert_same(attacks.run(attack, _model(), few, directory=tmp_path, **OPTIONS), whole, slice(6))
+    none = {name: array[:0] for name, array in examples.items()}
+    with pytest.raises(errors.UserError, match="no examples"):
+        attacks.run(attack, _model(), none, directory=tmp_path, **OPTIONS)
+
+
+def _affine(weights):
+    def affine(images):
+        return images.reshape(images.shape[0], -1) @ weights
+
+    return affine
+
+
+def test_functions_are_known_by_their_names_and_what_they_were_made_with(attack, examples, tmp_path):
+    """As in another process, the same function is another object; the same name with other weights is another model."""
+    weights = np.random.default_rng(0).normal(size=(2, int(np.prod(SHAPE)), CLASSES)).astype(np.float32)
+    few = {name: array[:3] for name, array in examples.items()}
+    whole = attacks.run(attack, classifier.wrap(_affine(weights[0])), few, directory=tmp_path, **OPTIONS)
+    again = attacks.run(attack, classifier.wrap(_affine(weights[0].copy())), few, directory=tmp_path, **OPTIONS)
+    _assert_same(again, whole)
+    assert len(list(tmp_path.glob("part_*.npz"))) == 1
+    with pytest.raises(errors.UserError, match="another model"):
+        attacks.run(attack, classifier.wrap(_affine(weights[1])), few, directory=tmp_path, **OPTIONS)
+
+
+def test_an_attack_is_known_by_its_class(attack, examples, tmp_path):
+    class Other(type(attack)):
+        def step(self, model, state):
+            return super().step(model, state)
+
+    few = {name: array[:3] for name, array in examples.items()}
+    attacks.run(attack, _model(), few, directory=tmp_path, **OPTIONS)
+    with pytest.raises(errors.UserError, match="another attack"):
+        attacks.run(Other(**vars(attack)), _model(), few, directory=tmp_path, **OPTIONS)
+
+
+def test_only_the_first_process_writes(attack, examples, tmp_path, monkeypatch):
+    few = {name: array[:3] for name, array in examples.items()}
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    alone = attacks.run(attack, _model(), few, directory=tmp_path, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    _assert_same(attacks.run(attack, _model(), few, directory=tmp_path, **OPTIONS), alone)
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "part_00000.npz"}
+
+
+def test_memory_is_that_of_the_slots(attack, monkeypatch):
+    """Of arrays on the device: a few images a slot, and no more for ten times as many examples."""
+    slots, side = 4, 32
+    image = side * side * 4
+    before = None
+    peaks = {}
+
+    def watched(function):
+        def run(*arguments, **options):
+            found = function(*arguments, **options)
+            peak.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+            return found
+
+        return run
+
+    for name in ("fill", "advance", "judge"):
+        monkeypatch.setattr(runner._Pool, name, watched(getattr(runner._Pool, name)))
+    model = classifier.wrap(_brightness)
+    for rounds in (2, 10):
+        generator = np.random.default_rng(0)
+        stream = (
+            {"image": generator.uniform(size=(3, side, side, 1)).astype(np.float32), "label": np.zeros(3, np.int32)}
+            for _ in range(rounds * slots // 3 + 1)
+        )
+        before, peak = sum(array.nbytes for array in jax.live_arrays()), []
+        attacks.run(attack, model, stream, slots=slots)
+        peaks[rounds] = max(peak)
+    assert peaks[10] < peaks[2] + image
+    # Of each slot the clean image, the current one and the best.
+    assert peaks[10] <= 3 * slots * image + 4096
+
+
+def _brightness(images):
+    means = jnp.mean(images, axis=(1, 2, 3))
+    return jnp.stack([means, 0.95 - means], axis=-1)
+
+
 _TRACES = []
 
 
@@ -173,6 +269,15 @@ def _poisoned(variables, images):
     return _dense(variables, images) / (images[:, 0, 0, :1] > 0.05)
 
 
+def _probabilities(variables, images):
+    return jax.nn.softmax(_dense(variables, images))
+
+
+def _batch_statistics(variables, images):
+    logits = _dense(variables, images)
+    return logits - jnp.mean(logits, axis=0, keepdims=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -181,13 +286,27 @@ def _poisoned(variables, images):
         ({"image": lambda a: np.where(a > 0.9, np.nan, a)}, "in \\[0, 1\\]"),
         ({"label": lambda a: a + CLASSES - 1}, "0 to 3"),
         ({"label": lambda a: a[:4]}, "one class index"),
+        ({"image": lambda a: (a - 0.5) / 0.25}, "normalised already"),
+        ({"label": lambda a: np.eye(CLASSES, dtype=np.int32)[a]}, "argmax of one-hot rows"),
+        ({"label": lambda a: a.astype(np.float32)}, "class indices"),
+        ({"row": lambda a: a[:4]}, "row is"),
         ({"image": lambda a: a[:0], "label": lambda a: a[:0], "row": lambda a: a[:0]}, "no examples"),
+        ({"model": _probabilities}, "before the softmax"),
+        ({"model": _batch_statistics}, "training mode"),
+        ({"goal": "targeted"}, "look like the labels"),
+        ({"epsilon": -0.1}, "from 0"),
+        ({"epsilon": 8.0}, "ends at 1"),
     ],
 )
-def test_a_mistake_in_the_examples_says_what_to_do(change, message, attack, examples):
-    changed = {**examples, **{name: function(examples[name]) for name, function in change.items()}}
+def test_a_mistake_says_what_to_do_before_the_first_step(change, message, examples, monkeypatch):
+    def advance(self):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(runner._Pool, "advance", advance)
+    changed = {**examples, **{name: change[name](examples[name]) for name in examples if name in change}}
+    options = {"epsilon": 0.03, "steps": 4, **{name: change[name] for name in ("goal", "epsilon") if name in change}}
     with pytest.raises(errors.UserError, match=message):
-        attacks.run(attack, _model(), changed, **OPTIONS)
+        attacks.run(attacks.build("pgd", **options), _model(change.get("model", _dense)), changed, **OPTIONS)
 
 
 def test_a_loss_that_is_not_finite_names_a_row(attack, examples):

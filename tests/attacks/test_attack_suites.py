@@ -81,13 +81,15 @@ def test_it_is_no_weaker_than_any_member_and_the_bits_say_so(examples, whole):
     ("count", "slots", "devices", "expected", "on_accelerator"),
     [
         (128, 16, 1, 16, 16),
-        (25, 16, 1, 14, 14),
-        (17, 16, 1, 6, 10),  # Three rounds of 6 are 18 passes, two of 10 are 20.
-        (49, 16, 1, 10, 14),
+        (25, 16, 1, 16, 16),
+        (17, 16, 1, 6, 12),  # Three rounds of 6 are 18 passes, two of 12 are 24.
+        (49, 16, 1, 8, 16),
         (3, 64, 1, 1, 4),
         (1, 8, 1, 1, 1),
         (1, 64, 8, 8, 8),
         (33, 32, 8, 8, 32),
+        (7, 50, 1, 8, 8),
+        (2, 3, 8, 3, 3),
     ],
 )
 def test_slots_follow_what_is_left(monkeypatch, count, slots, devices, expected, on_accelerator):
@@ -95,6 +97,13 @@ def test_slots_follow_what_is_left(monkeypatch, count, slots, devices, expected,
     assert suites._shared(count, slots, devices) == expected
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert suites._shared(count, slots, devices) == on_accelerator
+
+
+@pytest.mark.parametrize(("slots", "devices", "most"), [(64, 1, 11), (64, 8, 5), (50, 1, 10), (16, 1, 7)])
+def test_slots_are_of_few_sizes_which_each_compile(slots, devices, most):
+    sizes = {suites._shared(count, slots, devices) for count in range(1, 257)}
+    assert len(sizes) <= most
+    assert max(sizes) == slots
 
 
 def test_the_same_from_a_stream_with_padding(examples, whole):
@@ -205,10 +214,64 @@ def test_the_published_budgets():
     found, notes = suites.members("standard", norm=norms.L1, **given)
     assert (found["apgd_ce"].restarts, found["apgd_t"].targets, found["fab_t"].targets) == (5, 5, 9)
     assert "Square is not defined for L1 here: it is left out" in notes
-    with pytest.raises(errors.UserError, match="plus is not defined for L1"):
-        suites.members("plus", norm=norms.L1, **given)
+    found, notes = suites.members("plus", norm=norms.L1, **given)
+    assert list(found) == ["apgd_ce", "apgd_dlr", "fab", "apgd_t", "fab_t"]
+    assert found["apgd_t"].targets == 9
+    assert "Square is not defined for L1 here: it is left out" in notes
     with pytest.raises(errors.UserError, match="standrad.*standard"):
         suites.members("standrad", norm=norms.L2, **given)
+
+
+def test_exact_is_the_published_suite_or_refused():
+    given = {"epsilon": 0.25, "norm": norms.L2, "classes": 100, "exact": True}
+    found, notes = suites.members("plus", **given)
+    assert not notes
+    assert not any(found[name].stop_on_success for name in ("apgd_ce", "apgd_dlr", "apgd_t"))
+    assert not found["fab"].end_early
+    assert not found["fab_t"].end_early
+    # Random starts at half of epsilon, and the boundaries of all classes.
+    assert (found["fab"].epsilon, found["fab"].candidates) == (0.25, 100)
+    assert suites.members("plus", **{**given, "exact": False})[0]["fab"].candidates == 10
+    with pytest.raises(errors.UserError, match="Square is not defined for L1.*set exact=False"):
+        suites.members("standard", **{**given, "norm": norms.L1})
+    with pytest.raises(errors.UserError, match="give one of them"):
+        attacks.auto_attack(_model(), {}, epsilon=0.1, attacks=_small(), exact=True)
+
+
+def test_fab_that_does_not_end_early_seeks_on_from_starts_at_half_of_epsilon(examples):
+    given = {key: examples[key] for key in ("image", "label")}
+    options = {"norm": "l2", "steps": 8, "restarts": 2, "candidates": 5}
+    ending, seeking, free = (
+        attacks.run(attacks.build("fab", **options, **more), _model(), given, slots=6)
+        for more in ({"epsilon": 0.5}, {"epsilon": 0.5, "end_early": False}, {})
+    )
+    right = examples["label"] == np.asarray(jax.jit(lambda m, x: m(x))(_model(), examples["image"])).argmax(axis=-1)
+    assert (seeking.backward_passes[right] == 2 * 8 * 4).all()
+    assert (ending.backward_passes[right] < 2 * 8 * 4).any()
+    assert (seeking.distance <= ending.distance + 1e-6).all()
+    assert (seeking.distance[right] != free.distance[right]).any()
+
+
+def _beside_an_offset(variables, images):
+    far = variables["offset"] + 10.0 * (jnp.max(images, axis=(1, 2, 3)) - 0.6)
+    return jnp.stack([jnp.full_like(far, variables["offset"]), far], axis=-1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.999])
+def test_no_stretch_takes_a_success_out_of_epsilon(share):
+    """The margin at epsilon is within the rounding of logits near 1,000, where a longer way would be tried."""
+    model, epsilon = classifier.wrap(_beside_an_offset, {"offset": jnp.float32(1000.0)}), np.float32(0.1003)
+    clean = jnp.full((2, *SHAPE), 0.5)
+    attack = attacks.build("fab", norm="linf", epsilon=epsilon)
+    found = clean + share * jnp.asarray([epsilon, 2 * epsilon])[:, None, None, None]
+    keys = attacks.example_keys(0, np.arange(2))
+    state = attack.init(keys, clean, jnp.zeros(2, jnp.int32))
+    state = attack.record(state.replace(images=found), found, jnp.ones(2, bool))
+    result = attack.finish(model, state)
+    assert result.success.all()
+    np.testing.assert_array_equal(norms.within(result.distance, epsilon), [True, False])
+    # Farther away than epsilon it is stretched as ever, and here at once certain.
+    np.testing.assert_array_equal(result.images[1], found[1])
 
 
 def _noisy(variables, images, keys):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from conftest import make_subject
+from conftest import linear, make_subject
 
-from robust_vit import errors, studies
+from robust_vit import classifier, errors, studies
+from robust_vit.attacks import expectations
 
 SETTINGS = {"examples": 24, "together": 16, "batch": 8}
 
@@ -75,6 +77,34 @@ def test_two_models_are_compared_on_the_same_images(finding):
     (comparison,) = study.compare(finding, other)
     assert comparison.difference == pytest.approx(other.summary["robust"]["value"] - finding.summary["robust"]["value"])
     assert study.compare(finding, dataclasses.replace(other, summary={**other.summary, "epsilon": 0.2})) == []
+
+
+def _noisy_linear(variables, images, keys):
+    noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys)
+    return linear(variables, images + 0.1 * noise)
+
+
+def test_a_stochastic_model_is_planned_with_all_its_draws(subject):
+    model = classifier.wrap(_noisy_linear, subject.classifier.variables, stochastic=True)
+    stochastic = dataclasses.replace(subject, classifier=model)
+    study = studies.build("auto_attack", version="rand", **SETTINGS)
+    assert study.applicable(stochastic) is None
+    assert "for stochastic models" in study.applicable(subject)
+    ahead, back = study.passes(stochastic)
+    # Two chunks of 16; two attacks of 102 steps; the look at the clean image, and one at each attack's result.
+    # With three classes APGD-DLR is itself; nothing ends early.
+    assert (ahead, back) == (32 * (1 + 20 * (1 + 2 * (102 + 1))), 32 * 20 * 2 * 102)
+    planned = [program for program in study.programs(stochastic) if "step" in program.name or "loop" in program.name]
+    assert planned
+    for program in planned:
+        draws = [
+            leaf.draws for leaf in jax.tree.leaves(program.arguments, is_leaf=_is_expectation) if _is_expectation(leaf)
+        ]
+        assert draws == [20]
+
+
+def _is_expectation(value):
+    return isinstance(value, expectations.Expectation)
 
 
 def test_what_stops_it(subject):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from conftest import make_subject
@@ -111,6 +112,10 @@ def test_when_they_do_not_apply():
 def test_a_patch_is_learned_from_validation_images_where_there_is_no_training():
     study = studies.build("patch_attack", batch=50, examples=50, steps=2, learned_images=60, areas=(0.1, 0.3))
     subject = dataclasses.replace(make_subject(), train=None)
+    held = jax.live_arrays()
+    material = study._material(subject)
+    assert len(jax.live_arrays()) == len(held)  # On the host, until a batch is learned from.
+    assert all(isinstance(batch["image"], jax.Array) for batch in material)
     learned = study.learn(subject)
     assert study.learn(subject) is learned
     again = study.learn(dataclasses.replace(make_subject(), train=None))
