@@ -63,8 +63,9 @@ def main(_: list[str]) -> int:
         processes.finish()
         return errors.EXIT_REQUEUE
     processes.first_does(lambda: report.write([workdir], f"{workdir}/report"))
-    page = f"{workdir}/report/index.html"
-    logger.info("finished in %s. The report: %s", progress.duration(time.monotonic() - began), page)
+    logger.info(
+        "finished in %s. The report: %s/report/index.html", progress.duration(time.monotonic() - began), workdir
+    )
     processes.finish()
     return 0
 
