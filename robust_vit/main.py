@@ -28,12 +28,11 @@ def main(_: list[str]) -> int:
     # Imported after the flags are read: `--help` and a mistyped flag answer at once.
     from robust_vit import evaluate, files, planning, processes, progress, report, runs, settings, topology, train
 
-    logger = command_line.logger()
     if TOPOLOGY.value:
         topology.configure(TOPOLOGY.value, alone=not PLAN.value)
+    logger = command_line.logger()
     processes.start(**command_line.processes_given())
-    stop = processes.Stop()
-    config, workdir = CONFIG.value, command_line.check_workdir(WORKDIR.value)
+    stop, config, workdir = processes.Stop(), CONFIG.value, command_line.check_workdir(WORKDIR.value)
     given = json.dumps(files.jsonable([config.to_dict(), workdir]), sort_keys=True)
     processes.check_same({"configuration or workdir": given, "version of the code": processes.code_version()})
     resolved = settings.resolve(config)
@@ -63,9 +62,8 @@ def main(_: list[str]) -> int:
         processes.finish()
         return errors.EXIT_REQUEUE
     processes.first_does(lambda: report.write([workdir], f"{workdir}/report"))
-    logger.info(
-        "finished in %s. The report: %s/report/index.html", progress.duration(time.monotonic() - began), workdir
-    )
+    took = progress.duration(time.monotonic() - began)
+    logger.info("finished in %s. The report: %s/report/index.html", took, workdir)
     processes.finish()
     return 0
 
