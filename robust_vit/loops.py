@@ -87,13 +87,17 @@ def concatenate(function: Callable, examples: PyTree, *operands: PyTree, size: i
     Raises:
       errors.UserError: it does not.
     """
-    slices = split(examples, size)
+    filled = each(function, split(examples, size), *operands)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), filled)
+
+
+def each(function: Callable, slices: PyTree, *operands: PyTree) -> PyTree:
+    """`function(slice, *operands)` of every slice of leaves `[count, size, ...]`, one after the other: leaves `[count, ...]`."""
     step = _Filling(function)
     shapes = jax.eval_shape(step.one, jnp.int32(0), slices, *operands)
     count = jax.tree.leaves(slices)[0].shape[0]
     filled = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), shapes)
-    filled = repeat(step, filled, count, slices, *operands, donate=True)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), filled)
+    return repeat(step, filled, count, slices, *operands, donate=True)
 
 
 def split(examples: PyTree, size: int) -> PyTree:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -224,6 +225,78 @@ def put_global(mesh: Mesh | None, tree: PyTree) -> PyTree:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(one, tree)
+
+
+def sharing(examples: PyTree) -> NamedSharding | None:
+    """Where the rows of `[examples, ...]` lie, if several devices share them; of shapes where they are to lie, of traces None."""
+    for leaf in jax.tree.leaves(examples):
+        placed = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(placed, NamedSharding) and placed.spec and placed.spec[0] is not None and _shares(placed) > 1:
+            return NamedSharding(placed.mesh, PartitionSpec(placed.spec[0]))
+    return None
+
+
+def parts(examples: PyTree, size: int, placed: NamedSharding | None) -> tuple[PyTree, PyTree | None]:
+    """`[examples, ...]` as parts `[parts, size, ...]` to be taken one after the other, and the rows left over or None.
+
+    A part is made of rows of every device, so that all of them work on it and none is sent a row of another. Cut in order, a
+    part would be the rows of a few devices, and the compiler gathers them. Where the devices do not divide a part, it is.
+
+    Args:
+      examples: leaves `[examples, ...]`.
+      size: of a part.
+      placed: how the devices share the examples (`sharing`); None is one device, and the rows stay in order.
+    """
+    count = jax.tree.leaves(examples)[0].shape[0]
+    whole, shares = count // size, _common_shares(count, size, placed)
+
+    def put(leaf: jax.Array, axis: int) -> jax.Array:
+        if shares == 1:
+            return leaf
+        return jax.lax.with_sharding_constraint(
+            leaf, NamedSharding(placed.mesh, PartitionSpec(*(None,) * axis, placed.spec[0]))
+        )
+
+    def cut(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows, shape = leaf.reshape(shares, -1, *leaf.shape[1:]), leaf.shape[1:]
+        used = whole * size // shares
+        stacked = rows[:, :used].reshape(shares, whole, -1, *shape).swapaxes(0, 1).reshape(whole, size, *shape)
+        return put(stacked, 1), put(rows[:, used:].reshape(-1, *shape), 0)
+
+    pairs = jax.tree.map(cut, examples)
+    stacked, rest = (jax.tree.map(lambda _, pair, i=i: pair[i], examples, pairs) for i in range(2))
+    return stacked, rest if whole * size < count else None
+
+
+def joined(stacked: PyTree, rest: PyTree | None, placed: NamedSharding | None) -> PyTree:
+    """`[examples, ...]` in their order from what `parts` made of them."""
+    whole, size = jax.tree.leaves(stacked)[0].shape[:2]
+    count = whole * size + (0 if rest is None else jax.tree.leaves(rest)[0].shape[0])
+    shares = _common_shares(count, size, placed)
+
+    def join(leaf: jax.Array, *left: jax.Array) -> jax.Array:
+        shape = leaf.shape[2:]
+        rows = [leaf.reshape(whole, shares, -1, *shape).swapaxes(0, 1).reshape(shares, -1, *shape)]
+        rows += [one.reshape(shares, -1, *shape) for one in left]
+        return jax.numpy.concatenate(rows, axis=1).reshape(count, *shape)
+
+    return jax.tree.map(join, stacked, *(() if rest is None else (rest,)))
+
+
+def rounded_up(size: int, placed: NamedSharding | None) -> int:
+    """A number of examples that the devices which share them divide."""
+    shares = 1 if placed is None else _shares(placed)
+    return -(-size // shares) * shares
+
+
+def _common_shares(count: int, size: int, placed: NamedSharding | None) -> int:
+    shares = 1 if placed is None else _shares(placed)
+    return 1 if count % shares or size % shares else shares
+
+
+def _shares(placed: NamedSharding) -> int:
+    axes = placed.spec[0]
+    return math.prod(placed.mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:

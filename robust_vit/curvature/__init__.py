@@ -27,6 +27,7 @@ from robust_vit.curvature import (
     representations,
     sharpness,
     spectra,
+    streams,
     traces,
 )
 
@@ -83,7 +84,7 @@ programs = krylov.planned
 project_paths = bends.project
 random_directions = directions.random
 scales = sharpness.scales
-stream = batches.stream
+stream = streams.stream
 sweep_directions = representations.sweep
 tangent_change = representations.tangent_change
 together = batches.together

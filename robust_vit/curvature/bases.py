@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -88,9 +89,12 @@ def combine(basis: PyTree, coefficients: jax.Array) -> PyTree:
     return jax.tree.map(lambda rows: _combine(coefficients.T, rows), basis)
 
 
-@jax.jit
-def orthonormal(vectors: PyTree) -> PyTree:
-    """An orthonormal basis of the span of `[count, ...]`, row by row; a row that the ones before it span is zero."""
+@functools.partial(jax.jit, static_argnames="known")
+def orthonormal(vectors: PyTree, known: int = 0) -> PyTree:
+    """An orthonormal basis of the span of `[count, ...]`, row by row; a row that the ones before it span is zero.
+
+    The first `known` rows are taken as they are: orthonormal or zero already.
+    """
 
     def body(index, basis):
         vector = jax.tree.map(lambda rows: rows[index], vectors)
@@ -101,7 +105,8 @@ def orthonormal(vectors: PyTree) -> PyTree:
         vector = trees.scale(jnp.where(vanishes, 0.0, 1.0 / jnp.where(vanishes, 1.0, rest)), vector)
         return jax.tree.map(lambda rows, v: rows.at[index].set(v), basis, vector)
 
-    return jax.lax.fori_loop(0, jax.tree.leaves(vectors)[0].shape[0], body, trees.zeros_like(vectors))
+    start = jax.tree.map(lambda rows: rows.at[known:].set(0), vectors)
+    return jax.lax.fori_loop(known, jax.tree.leaves(vectors)[0].shape[0], body, start)
 
 
 def _triangular(vectors: PyTree, floor: jax.Array) -> tuple[jax.Array, PyTree]:

@@ -1,10 +1,9 @@
-"""Operators over data: the mean over a batch of a product that is given, that over a data set, and one kept for many vectors."""
+"""Operators over a batch: the mean over its examples of a product that is given, one kept for many vectors, many in lock-step."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -13,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from robust_vit import errors, loops, trees
+from robust_vit import errors, loops, programs, trees
 from robust_vit import mesh as meshes
 from robust_vit.curvature import operators, subsets
 
 PyTree = Any
-# What rounding may make of the sum of four losses; statistics over the batch change a loss by a per cent and more.
-_SEPARABLE = 1e-4
 
 
 class BatchOperator(flax.struct.PyTreeNode):
@@ -33,6 +30,7 @@ class BatchOperator(flax.struct.PyTreeNode):
       shift: added multiple of the identity.
       product: `product(batch, vector, like, rest, context) -> like vector`; static, equal for equal losses.
       microbatch: examples differentiated at a time; None is all; static.
+      placed: how devices share the examples, so that each microbatch has rows of all of them; None is one device; static.
     """
 
     like: PyTree
@@ -42,6 +40,7 @@ class BatchOperator(flax.struct.PyTreeNode):
     shift: jax.Array
     product: Callable = flax.struct.field(pytree_node=False)
     microbatch: int | None = flax.struct.field(pytree_node=False, default=None)
+    placed: NamedSharding | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def examples(self) -> int:
@@ -84,10 +83,11 @@ def assemble(
     """`build` without a look at whether the product can be formed, so that it need be no linear map: see `mean`."""
     chosen, rest = subsets.select(params, subset)
     subsets.check(chosen)
-    size = check_examples(batch, microbatch)
-    microbatch = None if size == np.shape(jax.tree.leaves(batch)[0])[0] else size
+    placed = meshes.sharing(batch)
+    size = meshes.rounded_up(check_examples(batch, microbatch), placed)
+    microbatch = None if size >= np.shape(jax.tree.leaves(batch)[0])[0] else size
     shift = weight_decay if isinstance(weight_decay, jax.Array) else np.asarray(weight_decay, jnp.result_type(float))
-    return BatchOperator(chosen, rest, batch, context, shift, product=product, microbatch=microbatch)
+    return BatchOperator(chosen, rest, batch, context, shift, product=product, microbatch=microbatch, placed=placed)
 
 
 def check_examples(batch: PyTree, microbatch: int | None) -> int:
@@ -107,48 +107,6 @@ def check_examples(batch: PyTree, microbatch: int | None) -> int:
         )
     examples = sizes.pop()
     return min(microbatch or examples, examples)
-
-
-def check_separable(loss: Callable, params: PyTree, batch: PyTree, context: tuple) -> None:
-    """Tries whether a loss is a mean over examples, once for each loss and shapes. Four forward passes then.
-
-    Of such a mean, the batches (a, b) and (b, a) have in sum what (a, a) and (b, b) have.
-
-    Raises:
-      UserError: it is none, or not finite.
-    """
-    leaves, structure = jax.tree.flatten((params, batch, context))
-    size = np.shape(jax.tree.leaves(batch)[0])[0]
-    if size < 2 or any(isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in leaves):
-        return
-    passed = _passed(loss, structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
-    if passed:
-        return
-    half = size // 2
-    a, b = np.arange(half), np.arange(half, 2 * half)
-    rows = [np.concatenate(pair) for pair in ((a, b), (b, a), (a, a), (b, b))]
-    parts = [jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], batch) for chosen in rows]
-    found = np.asarray([_value(loss, params, part, context) for part in parts], np.float64)
-    if not np.isfinite(found).all():
-        raise errors.UserError("the loss is not finite on this batch: its second derivative would be none either.")
-    if abs(found[0] + found[1] - found[2] - found[3]) > _SEPARABLE * np.abs(found).sum():
-        raise errors.UserError(
-            f"the loss is no mean over examples: {found[:2].sum() / 2:.6g} over two halves together, {found[2:].sum() / 2:.6g} "
-            "over each with itself. Use evaluation mode, so that BatchNorm takes its running statistics and dropout is off; or, "
-            "if it is meant so, separable=False."
-        )
-    passed.append(True)
-
-
-@functools.lru_cache(maxsize=256)
-def _passed(loss: Callable, structure: Any, shapes: tuple) -> list[bool]:
-    """Empty until a loss has been tried at these shapes and passed."""
-    return []
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _value(loss: Callable, params: PyTree, batch: PyTree, context: tuple) -> jax.Array:
-    return loss(params, batch, *context)
 
 
 class Linearised(flax.struct.PyTreeNode):
@@ -178,13 +136,18 @@ def linearise(operator: operators.Operator) -> Linearised:
       operator: one over a resident batch, without microbatches.
 
     Raises:
-      UserError: the operator has microbatches, or takes finite differences.
+      UserError: the operator is one over a data set, has microbatches, or takes finite differences.
     """
-    if getattr(operator, "microbatch", None) is not None:
+    if operators.by_host(operator):
+        raise errors.UserError(
+            "the operator reads a data set batch by batch, and nothing is kept between its applications: linearise one over a "
+            "resident batch, or apply this one to a block of vectors."
+        )
+    if getattr(operators.innermost(operator), "microbatch", None) is not None:
         raise errors.UserError(
             "the operator has microbatches: what is kept of each would be all of it; build it without."
         )
-    if getattr(getattr(operator, "product", None), "mode", None) == "finite difference":
+    if _mode(operator) == "finite difference":
         raise errors.UserError("finite differences have nothing to keep: build the operator in another mode.")
     return Linearised(operator.like, _linearise(operator))
 
@@ -236,83 +199,42 @@ def together(operators: Sequence[BatchOperator], *, mesh: Mesh | None = None) ->
     count, placed = len(operators), None if mesh is None else meshes.examples(mesh, len(operators))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(first.batch)):
 
-        def rows(leaf: Any) -> jax.ShapeDtypeStruct:
+        def stacked(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((count, *jnp.shape(leaf)), jnp.result_type(leaf), sharding=placed)
 
-        return Together(jax.tree.map(rows, first.like), first.replace(batch=jax.tree.map(rows, first.batch)))
+        return Together(
+            jax.tree.map(stacked, first.like), first.replace(batch=jax.tree.map(stacked, first.batch), placed=None)
+        )
     parts = [jax.tree.map(meshes.fetch, one.batch) for one in operators]
     batch = meshes.put_global(mesh, jax.tree.map(lambda *leaves: np.stack(leaves), *parts))
-    return Together(_repeated(first.like, count, placed), first.replace(batch=batch))
-
-
-@dataclasses.dataclass(frozen=True)
-class Streamed:
-    """The mean over a data set of operators over its batches, applied one after the other by the host. `stream` makes it.
-
-    Attributes:
-      build: an operator over one batch.
-      batches: iterable again and again.
-      like: as the operators'.
-      shift: added multiple of the identity.
-    """
-
-    build: Callable[[PyTree], BatchOperator]
-    batches: Iterable[PyTree]
-    like: PyTree
-    shift: float
-
-    def __call__(self, vector: PyTree) -> PyTree:
-        """The map applied to a vector: one pass over the data. A block `[block, ...]` by `block`."""
-        return self._sum(_apply, vector)
-
-    def block(self, vectors: PyTree) -> PyTree:
-        """The map applied to each of a block of vectors, `[block, ...]`, in one pass over the data."""
-        return self._sum(_apply_block, vectors)
-
-    def _sum(self, apply: Callable, vector: PyTree) -> PyTree:
-        total, examples = None, 0
-        for batch in self.batches:
-            operator = self.build(batch)
-            part = trees.scale(float(operator.examples), apply(operator, vector))
-            total, examples = part if total is None else _add(total, part), examples + operator.examples
-        return _shifted(trees.scale(1.0 / examples, total), self.shift, vector)
-
-
-def stream(
-    build: Callable[[PyTree], BatchOperator], batches: Iterable[PyTree], *, weight_decay: float = 0.0
-) -> Streamed:
-    """The operator over a data set that is read batch by batch, every example with the same weight, the last batch's too.
-
-    A batch smaller than the others costs one more compilation. It is a loop of the host, so that it does not go into `jax.jit`.
-
-    Args:
-      build: makes the operator over one batch: `functools.partial(curvature.hessian, loss, params)`.
-      batches: an iterable that starts anew each time, such as a list or `data.Stream`; not a generator.
-      weight_decay: added multiple of the identity.
-
-    Raises:
-      UserError: there are no batches, or they can be read once only.
-    """
-    if iter(batches) is batches:
-        raise errors.UserError(
-            "the batches can be read only once, and every application reads them: give a list or a data set."
-        )
-    first = next(iter(batches), None)
-    if first is None:
-        raise errors.UserError("there are no batches: the data set is empty.")
-    return Streamed(build, batches, build(first).like, float(weight_decay))
+    return Together(_repeated(first.like, count, placed), first.replace(batch=batch, placed=None))
 
 
 def _check_differentiable(operator: BatchOperator) -> None:
     """Traces one application, whose trace the first call uses again, so that what cannot be differentiated is named at once."""
     try:
-        _apply.eval_shape(operator, operator.like)
+        traced = _apply.trace(operator, operator.like)
+        if _holds(traced.jaxpr.jaxpr, "custom_lin"):
+            traced.lower()  # What JAX says of a kernel that has a gradient and no tangent, it says here.
     except (NotImplementedError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        way_out = ', or take mode="finite difference"; the loss has to be a scalar' if _mode(operator) else ""
         raise errors.UserError(
-            f"the second derivative cannot be formed ({reason}): a fused attention kernel has none, so build the model with "
-            'attention="explicit", or take mode="finite difference"; the loss has to be a scalar.'
+            f"the product cannot be formed ({reason}): a fused attention kernel has no such derivative, so build the model with "
+            f'attention="explicit"{way_out}.'
         ) from error
+
+
+def _holds(jaxpr: Any, name: str) -> bool:
+    return any(
+        equation.primitive.name == name or any(_holds(inner, name) for inner in programs.inner_jaxprs(equation))
+        for equation in jaxpr.eqns
+    )
+
+
+def _mode(operator: operators.Operator) -> str | None:
+    """The mode of the Hessian that an operator is made of; None of one that has none."""
+    return getattr(getattr(operators.innermost(operator), "product", None), "mode", None)
 
 
 @jax.jit
@@ -320,15 +242,17 @@ def _apply(operator: BatchOperator, vector: PyTree) -> PyTree:
     # The precision has to be set where the product is traced: f32 products are bf16 on a TPU and TF32 on a GPU otherwise.
     with jax.default_matmul_precision("highest"):
         product = mean(operator, vector)
-    return _shifted(product, operator.shift, vector)
+    return shifted(product, operator.shift, vector)
 
 
 @jax.jit
-def _apply_block(operator: BatchOperator, vectors: PyTree) -> PyTree:
+def apply_block(operator: BatchOperator, vectors: PyTree) -> PyTree:
+    """The map applied to each of a block of vectors, `[block, ...]`."""
     return jax.vmap(_apply, in_axes=(None, 0))(operator, vectors)
 
 
-def _shifted(product: PyTree, shift, vector: PyTree) -> PyTree:
+def shifted(product: PyTree, shift: jax.Array | float, vector: PyTree) -> PyTree:
+    """The product, and a multiple of the vector beside it."""
     return jax.tree.map(lambda hv, v: (hv + jnp.asarray(shift, hv.dtype) * v).astype(v.dtype), product, vector)
 
 
@@ -336,15 +260,25 @@ def mean(operator: BatchOperator, vector: PyTree) -> PyTree:
     """The mean over the examples, without the shift, microbatch by microbatch; of any pytree of means that the product gives."""
     batch, size, microbatch = operator.batch, operator.examples, operator.microbatch
     operands = vector, operator.like, operator.rest, operator.context
-    if microbatch is None or microbatch >= size:
-        return operator.product(batch, *operands)
-    whole = size // microbatch
-    stacked = jax.tree.map(lambda leaf: leaf[: whole * microbatch].reshape(whole, microbatch, *leaf.shape[1:]), batch)
-    total = trees.scale(microbatch / size, loops.accumulate(operator.product, stacked, *operands))
-    if whole * microbatch < size:
-        rest = jax.tree.map(lambda leaf: leaf[whole * microbatch :], batch)
-        total = trees.add(total, operator.product(rest, *operands), 1.0 - whole * microbatch / size)
-    return total
+    with operators.model_errors():
+        if microbatch is None or microbatch >= size:
+            return operator.product(batch, *operands)
+        stacked, rest = meshes.parts(batch, microbatch, operator.placed)
+        share = size // microbatch * microbatch / size
+        total = trees.scale(microbatch / size, loops.accumulate(operator.product, stacked, *operands))
+        return total if rest is None else trees.add(total, operator.product(rest, *operands), 1.0 - share)
+
+
+def rows(operator: BatchOperator, vector: PyTree) -> PyTree:
+    """What the product gives of each example, `[examples, ...]` in their order, microbatch by microbatch."""
+    batch, size, microbatch = operator.batch, operator.examples, operator.microbatch
+    operands = vector, operator.like, operator.rest, operator.context
+    with operators.model_errors():
+        if microbatch is None or microbatch >= size:
+            return operator.product(batch, *operands)
+        stacked, rest = meshes.parts(batch, microbatch, operator.placed)
+        found = loops.each(operator.product, stacked, *operands)
+        return meshes.joined(found, None if rest is None else operator.product(rest, *operands), operator.placed)
 
 
 @jax.jit
@@ -378,6 +312,3 @@ def _apply_each(operator: BatchOperator, vectors: PyTree) -> PyTree:
 def _call(linear: Callable, vector: PyTree) -> PyTree:
     with jax.default_matmul_precision("highest"):
         return linear(vector)
-
-
-_add = jax.jit(trees.add, donate_argnums=0)

@@ -72,6 +72,10 @@ class Within(flax.struct.PyTreeNode):
         """The map applied to a vector. One application of the whole operator."""
         return _masked(self.mask, self.operator(_masked(self.mask, vector)))
 
+    def block(self, vectors: PyTree) -> PyTree:
+        """The map applied to each of a block of vectors, `[block, ...]`, where the host applies the whole operator."""
+        return _masked(self.mask, self.operator.block(_masked(self.mask, vectors)))
+
 
 def within(operator: operators.Operator, subset: str) -> Within:
     """The operator in the parameters whose path matches a regular expression, on the vectors of the whole one.

@@ -8,7 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 
-from robust_vit.curvature import subsets
+from robust_vit.curvature import operators, subsets
 
 PyTree = Any
 
@@ -84,11 +84,11 @@ def jacobian(function: Callable, point: PyTree, *context: PyTree) -> Jacobian:
 
 @jax.jit
 def _push(jacobian: Jacobian, vector: PyTree) -> PyTree:
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), operators.model_errors():
         return jax.jvp(lambda point: jacobian.function(point, *jacobian.context), (jacobian.point,), (vector,))[1]
 
 
 @jax.jit
 def _pull(jacobian: Jacobian, vector: PyTree) -> PyTree:
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), operators.model_errors():
         return jax.vjp(lambda point: jacobian.function(point, *jacobian.context), jacobian.point)[1](vector)[0]

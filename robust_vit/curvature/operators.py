@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
+import flax.errors
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -46,9 +49,16 @@ class Symmetric(flax.struct.PyTreeNode):
         return jnp.matmul(self.matrix, vector, precision="highest")
 
 
+def innermost(operator: Operator) -> Operator:
+    """What an operator made of another one (`Scaled`, `curvature.within`) is made of in the end; any other itself."""
+    while hasattr(operator, "operator"):
+        operator = operator.operator
+    return operator
+
+
 def by_host(operator: Operator) -> bool:
     """Whether the host applies the operator, batch by batch, so that it does not go into `jax.jit`."""
-    return hasattr(operator, "block")
+    return hasattr(innermost(operator), "block")
 
 
 class Scaled(flax.struct.PyTreeNode):
@@ -74,6 +84,11 @@ class Scaled(flax.struct.PyTreeNode):
         """The map applied to a vector."""
         return _multiplied(self.scale, self.operator(_multiplied(self.scale, vector)))
 
+    def block(self, vectors: PyTree) -> PyTree:
+        """The map applied to each of a block of vectors, `[block, ...]`, where the host applies the operator."""
+        scaled = jax.vmap(_multiplied, in_axes=(None, 0))
+        return scaled(self.scale, self.operator.block(scaled(self.scale, vectors)))
+
 
 def asymmetry(operator: Operator, key: jax.Array) -> jax.Array:
     """`|u'Av - v'Au| / (|Au| |v|)` for two random vectors: rounding for a symmetric map, order one for a mistake.
@@ -83,6 +98,9 @@ def asymmetry(operator: Operator, key: jax.Array) -> jax.Array:
     Args:
       operator: any operator.
       key: draws the two vectors.
+
+    Raises:
+      UserError: a product is not finite.
     """
     left_key, right_key = jax.random.split(key)
     left, right = _draw(left_key, operator.like), _draw(right_key, operator.like)
@@ -97,6 +115,9 @@ def indeterminism(operator: Operator, key: jax.Array) -> jax.Array:
     Args:
       operator: any operator.
       key: draws the vector.
+
+    Raises:
+      UserError: a product is not finite.
     """
     vector = _draw(key, operator.like)
     first, second = operator(vector), operator(vector)
@@ -113,6 +134,24 @@ def not_finite(application: int | None = None, example: int | None = None) -> er
     )
 
 
+@contextlib.contextmanager
+def model_errors() -> Iterator[None]:
+    """Says in a line what Flax says of a model in training mode."""
+    try:
+        yield
+    except flax.errors.InvalidRngError as error:
+        raise _training("draws random numbers (dropout)") from error
+    except flax.errors.ModifyScopeVariableError as error:
+        raise _training("changes its statistics (BatchNorm)") from error
+
+
+def _training(what: str) -> errors.UserError:
+    return errors.UserError(
+        f"the model {what}, as in training, and curvature is of one function that stays: call it in evaluation mode, with "
+        "train=False."
+    )
+
+
 _draw = jax.jit(probes.draw)
 
 
@@ -121,4 +160,7 @@ def _multiplied(scale: PyTree, vector: PyTree) -> PyTree:
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
+    share = jnp.where(whole == 0, 0.0, part / jnp.where(whole == 0, 1.0, whole))
+    if not (isinstance(share, jax.core.Tracer) or jnp.isfinite(share)):
+        raise not_finite()
+    return share

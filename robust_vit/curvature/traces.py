@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,15 +36,16 @@ def trace(
     samples and leaves each of them out in turn, so that all of them estimate the rest: the best where the spectrum falls.
 
     Cost: at most `samples` applications, and the memory of `block` vectors and their products (`hutch++`: of `2 * samples / 3`,
-    `xtrace`: of `samples`).
+    `xtrace`: of `samples`). With a tolerance `hutch++` takes up to a third more: what is outside of a larger span is drawn anew.
 
     Args:
       operator: the map.
       key: draws the vectors.
       samples: applications at most; rounded to whole blocks.
-      tolerance: stop as soon as the standard error is at most this share of the value, looked at after each block from the
-        second on. None takes all samples. A change of the running mean is no error, and no reason to stop.
-      method: `hutchinson`, or `hutch++` or `xtrace`, which have no early stop.
+      tolerance: stop as soon as the standard error is at most this share of the value. `hutchinson` looks after each block from
+        the second on; `hutch++` and `xtrace` begin with a span of two or three blocks and double it. None takes all samples. A
+        change of the running mean is no error, and no reason to stop.
+      method: `hutchinson`, `hutch++` or `xtrace`.
       block: vectors multiplied at a time, which share the pass at the parameters.
 
     Returns:
@@ -55,105 +56,197 @@ def trace(
     """
     if method not in METHODS:
         raise errors.unknown("method of the trace", method, METHODS)
+    _check(samples, block)
     if method != "hutchinson":
-        found = (_hutch_plus_plus if method == "hutch++" else _xtrace)(operator, key, samples, block)
-        return dataclasses.replace(found, converged=_reaches(found, tolerance))
+        return (_hutch_plus_plus if method == "hutch++" else _xtrace)(operator, key, samples, block, tolerance)
+    return _mean(operator, key, samples, block, tolerance, _row_products)
+
+
+def frobenius(
+    operator: operators.Operator,
+    key: Key[Array, ""],
+    *,
+    samples: int = 64,
+    tolerance: float | None = None,
+    block: int = 8,
+) -> estimates.Estimate:
+    """The root of the sum of the squared eigenvalues, from the mean of `|Av|^2`. Arguments and cost as of `trace`."""
+    _check(samples, block)
+    # The root's standard error is half as large a share of it as the square's.
+    squared = None if tolerance is None else 2 * tolerance
+    found = _mean(operator, key, samples, block, squared, lambda _, images: _row_products(images, images))
+    root = float(np.sqrt(found.value))
+    return dataclasses.replace(found, value=root, standard_error=found.standard_error / (2 * root) if root else 0.0)
+
+
+def diagonal(
+    operator: operators.Operator,
+    key: Key[Array, ""],
+    *,
+    samples: int = 64,
+    tolerance: float | None = None,
+    block: int = 8,
+) -> tuple[PyTree, PyTree]:
+    """The diagonal and its standard error, each like the operator's vectors (Bekas et al. 2007).
+
+    An entry's error is `sqrt(1 / samples)` times the norm of its row without itself. Arguments as of `trace`, but for
+
+    Args:
+      tolerance: stop as soon as the norm of all errors is at most this share of the norm of the diagonal.
+    """
+    _check(samples, block)
+    count, sums = 0, None
+    for vectors, images in _products(operator, key, samples, block):
+        count += block
+        sums = _summed(vectors, images, sums)
+        values, error, sizes = _moments(*sums, count)
+        size, spread = _finite(sizes)
+        if tolerance is not None and count >= 2 * block and spread <= tolerance * size:
+            break
+    return values, error
+
+
+def _mean(operator, key, samples: int, block: int, tolerance: float | None, of: Callable) -> estimates.Estimate:
+    """The mean of what `of(vectors, images)` makes of each vector of signs and its image."""
     values: list[float] = []
     for vectors, images in _products(operator, key, samples, block):
-        values += _finite(_row_products(vectors, images))
+        values += _finite(of(vectors, images))
         found = estimates.over_samples(np.asarray(values), len(values))
         if tolerance is not None and len(values) >= 2 * block and _reaches(found, tolerance):
             break
     return dataclasses.replace(found, converged=_reaches(found, tolerance))
 
 
-def frobenius(
-    operator: operators.Operator, key: Key[Array, ""], *, samples: int = 64, block: int = 8
-) -> estimates.Estimate:
-    """The root of the sum of the squared eigenvalues, from the mean of `|Av|^2`. Arguments and cost as of `trace`."""
-    values: list[float] = []
-    for _, images in _products(operator, key, samples, block):
-        values += _finite(_row_products(images, images))
-    found = estimates.over_samples(np.asarray(values), len(values))
-    root = float(np.sqrt(found.value))
-    return dataclasses.replace(found, value=root, standard_error=found.standard_error / (2 * root) if root else 0.0)
-
-
-def diagonal(
-    operator: operators.Operator, key: Key[Array, ""], *, samples: int = 64, block: int = 8
-) -> tuple[PyTree, PyTree]:
-    """The diagonal and its standard error, each like the operator's vectors (Bekas et al. 2007). Arguments as of `trace`.
-
-    An entry's error is `sqrt(1 / samples)` times the norm of its row without itself.
-    """
-    count, mean, squares = 0, None, None
-    for vectors, images in _products(operator, key, samples, block):
-        count += block
-        mean, squares = _summed(vectors, images, mean, squares)
-    _finite([float(jnp.where(trees.all_finite(mean), 0.0, jnp.nan))])
-    mean = jax.tree.map(lambda total: total / count, mean)
-    spread = jax.tree.map(lambda total, m: jnp.maximum(total / count - m**2, 0.0), squares, mean)
-    return mean, jax.tree.map(lambda variance: jnp.sqrt(variance / max(count - 1, 1)), spread)
-
-
-def _hutch_plus_plus(operator, key, samples: int, block: int) -> estimates.Estimate:
-    third = max(1, round(samples / (3 * block))) * block
+def _hutch_plus_plus(operator, key, samples: int, block: int, tolerance: float | None) -> estimates.Estimate:
     sketch_key, rest_key = jax.random.split(key)
-    sketch = [images for _, images in _products(operator, sketch_key, third, block)]
-    basis = bases.orthonormal(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *sketch))
-    exact = 0.0
-    for start in range(0, third, block):
-        part = jax.tree.map(lambda rows, s=start: rows[s : s + block], basis)
-        exact += sum(_finite(_row_products(part, _apply_block(operator, part))))
-    values: list[float] = []
-    for begin in range(0, third, block):
-        vectors = _outside(basis, _signs(jax.random.fold_in(rest_key, begin), operator.like, block))
-        values += _finite(_row_products(vectors, _apply_block(operator, vectors)))
-    found = estimates.over_samples(np.asarray(values), 3 * third)
-    return dataclasses.replace(found, value=exact + found.value)
+    span, applications = _Span(operator, sketch_key, block), 0
+    for third in _sizes(samples, 3 * block, block, tolerance):
+        span.extend(third)
+        values: list[float] = []
+        for begin in range(0, third, block):
+            vectors = _outside(span.basis, _signs(jax.random.fold_in(rest_key, begin), operator.like, block))
+            values += _finite(_row_products(vectors, _apply_block(operator, vectors)))
+        applications += third
+        found = estimates.over_samples(np.asarray(values), applications + 2 * third)
+        found = _settled(found, span.trace, span.rounding * float(np.abs(np.diag(span.matrix)).sum()), tolerance)
+        if tolerance is not None and found.converged:
+            break
+    return found
 
 
-def _xtrace(operator, key, samples: int, block: int) -> estimates.Estimate:
-    half = max(1, min(round(samples / (2 * block)) * block, trees.count(operator.like) // block * block))
-    sketches = [images for _, images in _products(operator, key, half, block)]
-    sketch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *sketches)
-    basis = bases.orthonormal(sketch)
-    rows = [slice(begin, begin + block) for begin in range(0, half, block)]
-    # In the basis, with a column a sample: its image, itself, and the operator.
-    images = [bases.products(basis, jax.tree.map(lambda leaf, r=part: leaf[r], sketch)) for part in rows]
-    vectors = [
-        bases.products(basis, _signs(jax.random.fold_in(key, part.start), operator.like, block)) for part in rows
-    ]
-    inside = []
-    for part in rows:
-        chosen = jax.tree.map(lambda leaf, r=part: leaf[r], basis)
-        inside.append(bases.products(basis, _apply_block(operator, chosen)))
-    triangle, weights, matrix = (
-        np.concatenate([np.asarray(one, np.float64) for one in parts], axis=1) for parts in (images, vectors, inside)
-    )
-    _finite([np.abs(triangle).max(), np.abs(matrix).max()])
-    matrix = (matrix + matrix.T) / 2
-    exact = float(np.trace(matrix))
-    if not (np.abs(np.diag(triangle)) > 0).all():
-        # Fewer dimensions than samples: the span is the range of the operator, and nothing is left outside.
-        return estimates.Estimate(exact, 0.0, half, 2 * half)
-    # The direction of the span that is there for one sample alone: what leaving it out takes away.
-    left_out = np.linalg.inv(triangle).T
-    left_out /= np.linalg.norm(left_out, axis=0)
-    rest = weights - left_out * (left_out * weights).sum(axis=0)
-    removed = ((matrix @ left_out) * left_out).sum(axis=0)
-    outside = (
-        (weights * triangle).sum(axis=0) - 2 * (rest * triangle).sum(axis=0) + (rest * (matrix @ rest)).sum(axis=0)
-    )
-    return estimates.over_samples(exact - removed + outside, 2 * half)
+def _xtrace(operator, key, samples: int, block: int, tolerance: float | None) -> estimates.Estimate:
+    span = _Span(operator, key, block)
+    # No more samples than dimensions, rounded up to a block.
+    most = min(samples, 2 * block * max(1, trees.count(operator.like) // block))
+    for half in _sizes(most, 2 * block, block, tolerance):
+        span.extend(half)
+        values, rounding = _left_out(span)
+        found = _settled(estimates.over_samples(values, 2 * half), 0.0, rounding, tolerance)
+        if tolerance is not None and found.converged:
+            break
+    return found
 
 
-def _products(operator, key, samples: int, block: int) -> Iterator[tuple[PyTree, PyTree]]:
+def _settled(found: estimates.Estimate, exact: float, rounding: float, tolerance: float | None) -> estimates.Estimate:
+    """An estimate and what is known beside it; the rounding of either is a part of the error."""
+    error = float(np.hypot(found.standard_error, rounding))
+    found = dataclasses.replace(found, value=exact + found.value, standard_error=error)
+    return dataclasses.replace(found, converged=_reaches(found, tolerance))
+
+
+def _sizes(samples: int, share: int, block: int, tolerance: float | None) -> list[int]:
+    """Sizes of the span in vectors: what the samples are enough for; with a tolerance halves of it first, from two blocks."""
+    sizes = [max(1, round(samples / share)) * block]
+    while tolerance is not None and sizes[0] >= 4 * block:
+        sizes.insert(0, sizes[0] // (2 * block) * block)
+    return sizes
+
+
+class _Span:
+    """The span of an operator's images of vectors of signs, extended block by block; what is done is not done again.
+
+    Attributes:
+      basis: `[size, ...]`, orthonormal rows; zero where the rows before span a row's image.
+      matrix: `[size, size]`, the operator in the basis.
+      forms: `[size]`: of each sample with its image.
+    """
+
+    def __init__(self, operator: operators.Operator, key: Key[Array, ""], block: int):
+        self._operator, self._key, self._block, self._count = operator, key, block, 0
+        self._sketch = self.basis = None
+        self.forms = np.zeros(0)
+        self.matrix = np.zeros((0, 0))
+
+    @property
+    def rounding(self) -> float:
+        """The unit of rounding of the arithmetic."""
+        return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(self.basis))).eps)
+
+    @property
+    def trace(self) -> float:
+        """The operator's trace in the span."""
+        return float(np.trace(self.matrix))
+
+    def extend(self, size: int) -> None:
+        """Grows to so many samples; two applications for each new one."""
+        known, forms, sketches = self._count, [], [] if self._sketch is None else [self._sketch]
+        for vectors, images in _products(self._operator, self._key, size, self._block, start=known):
+            forms += _finite(_row_products(vectors, images))
+            sketches.append(images)
+        self._sketch = _concatenated(sketches)
+        fresh = jax.tree.map(lambda rows: rows[known:], self._sketch)
+        self.basis = bases.orthonormal(_concatenated([self.basis, fresh] if known else [fresh]), known=known)
+        self.forms, self._count = np.concatenate([self.forms, forms]), size
+        matrix = np.zeros((size, size))
+        matrix[:known, :known] = self.matrix
+        for begin in range(known, size, self._block):
+            part = slice(begin, begin + self._block)
+            matrix[:, part] = bases.products(self.basis, _apply_block(self._operator, _rows(self.basis, part)))
+        matrix[known:, :known] = matrix[:known, known:].T
+        _finite(np.abs(matrix).max(axis=0))
+        self.matrix = (matrix + matrix.T) / 2
+
+    def coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+        """In the basis, with a column a sample: its image, and itself."""
+        parts = [slice(begin, begin + self._block) for begin in range(0, self._count, self._block)]
+        images = [bases.products(self.basis, _rows(self._sketch, part)) for part in parts]
+        samples = (
+            _signs(jax.random.fold_in(self._key, part.start), self._operator.like, self._block) for part in parts
+        )
+        vectors = [bases.products(self.basis, one) for one in samples]
+        return tuple(
+            np.concatenate([np.asarray(one, np.float64) for one in each], axis=1) for each in (images, vectors)
+        )
+
+
+def _left_out(span: _Span) -> tuple[np.ndarray, float]:
+    """For each sample the trace in the span of the others, and its own form outside of that; and the rounding of their mean."""
+    images, vectors = span.coefficients()
+    matrix, exact = span.matrix, span.trace
+    if (np.abs(np.diag(images)) > 0).all():
+        # The direction of the span that is there for one sample alone: what leaving it out takes away.
+        left_out = np.linalg.inv(images).T
+        left_out /= np.linalg.norm(left_out, axis=0)
+        rest = vectors - left_out * (left_out * vectors).sum(axis=0)
+        removed = ((matrix @ left_out) * left_out).sum(axis=0)
+        forms = (vectors * images).sum(axis=0)
+    else:
+        # Some samples' images are in the span of the others, to rounding: leaving out one of them takes nothing away. What is
+        # left may be many small eigenvalues.
+        rest, removed, forms = vectors, 0.0, span.forms
+    terms = forms, -2 * (rest * images).sum(axis=0), (rest * (matrix @ rest)).sum(axis=0)
+    return exact - removed + sum(terms), span.rounding * float(np.mean(np.abs(terms).sum(axis=0)))
+
+
+def _check(samples: int, block: int) -> None:
     for name, value in (("samples", samples), ("block", block)):
         if value < 1:
             raise errors.UserError(f"{name} is {value}: expected a whole number from 1.")
-    for start in range(0, samples, block):
-        vectors = _signs(jax.random.fold_in(key, start), operator.like, block)
+
+
+def _products(operator, key, samples: int, block: int, start: int = 0) -> Iterator[tuple[PyTree, PyTree]]:
+    for begin in range(start, samples, block):
+        vectors = _signs(jax.random.fold_in(key, begin), operator.like, block)
         yield vectors, _apply_block(operator, vectors)
 
 
@@ -188,13 +281,28 @@ def _outside(basis: PyTree, vectors: PyTree) -> PyTree:
 
 
 @jax.jit
-def _summed(vectors: PyTree, images: PyTree, mean: PyTree, squares: PyTree) -> tuple[PyTree, PyTree]:
+def _summed(vectors: PyTree, images: PyTree, sums: tuple[PyTree, PyTree] | None) -> tuple[PyTree, PyTree]:
     """Sums of `v * Av` and of its square over samples, added to those so far."""
     terms = jax.tree.map(lambda v, image: v * image, vectors, images)
-    sums = [jax.tree.map(lambda term, p=power: jnp.sum(term**p, axis=0), terms) for power in (1, 2)]
-    if mean is None:
-        return sums[0], sums[1]
-    return trees.add(mean, sums[0]), trees.add(squares, sums[1])
+    found = tuple(jax.tree.map(lambda term, p=power: jnp.sum(term**p, axis=0), terms) for power in (1, 2))
+    return found if sums is None else trees.add(sums, found)
+
+
+@jax.jit
+def _moments(total: PyTree, squares: PyTree, count: int) -> tuple[PyTree, PyTree, jax.Array]:
+    """The means, their standard errors, and the norms of both."""
+    mean = jax.tree.map(lambda leaf: leaf / count, total)
+    spread = jax.tree.map(lambda leaf, m: jnp.maximum(leaf / count - m**2, 0.0), squares, mean)
+    error = jax.tree.map(lambda variance: jnp.sqrt(variance / (count - 1)), spread)
+    return mean, error, jnp.stack([trees.norm(mean), jnp.where(count > 1, trees.norm(error), 0.0)])
+
+
+def _rows(tree: PyTree, part: slice) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[part], tree)
+
+
+def _concatenated(trees_of_rows: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees_of_rows)
 
 
 def _signs(key: Key[Array, ""], like: PyTree, count: int) -> PyTree:

@@ -62,7 +62,7 @@ def build(
       optimizer: the Optax transformation.
       gradient_function: hand the optimiser a gradient function (SAM).
       accumulate: the batch is cut into this many equal parts whose gradients are averaged: less memory, same mean.
-        BatchNorm sees one part at a time.
+        BatchNorm sees one part at a time, every `accumulate`-th row of the batch.
       average_decay: decay of the moving average of the parameters, warmed up as (1 + step) / (10 + step); None keeps none.
 
     Cost: one forward and one backward pass of the batch; twice that for SAM.
@@ -73,9 +73,8 @@ def build(
             (_, aux), gradients = jax.value_and_grad(objective, has_aux=True)(params, model_state, batch, key)
             return gradients, aux
 
-        chunks = jax.tree.map(
-            lambda leaf: leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:]), batch
-        )
+        # Every `accumulate`-th row, whatever the number of devices: each of them has rows of every part, and sends none.
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), batch)
         start = (trees.zeros_like(params), model_state, {name: jnp.float32(0.0) for name in objective.metrics})
         summed = loops.repeat(_AddPart(objective), start, accumulate, params, chunks, key)
         gradients, model_state, metrics = summed

@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from robust_vit import curvature
+from robust_vit import curvature, errors
 from robust_vit.curvature import operators
 
 
@@ -50,3 +51,14 @@ def test_indeterminism_tells_one_map_from_another_each_time():
     assert float(curvature.indeterminism(restless, jax.random.key(0))) > 1e-2
     assert float(curvature.asymmetry(restless, jax.random.key(0))) > 1e-3
     assert float(curvature.indeterminism(operators.Symmetric(jnp.eye(5)), jax.random.key(0))) == 0.0
+
+
+@pytest.mark.parametrize("measure", [curvature.asymmetry, curvature.indeterminism])
+def test_what_is_not_finite_is_no_sign_of_health(measure):
+    for value in (jnp.nan, jnp.inf):
+        with pytest.raises(errors.UserError, match="not finite"):
+            measure(operators.Symmetric(jnp.full((3, 3), value)), jax.random.key(0))
+    # Within a compiled function nothing can be raised, and nothing is hidden.
+    bad = operators.Symmetric(jnp.full((3, 3), jnp.nan))
+    assert jnp.isnan(jax.jit(measure)(bad, jax.random.key(0)))
+    assert float(jax.jit(measure)(operators.Symmetric(jnp.zeros((3, 3))), jax.random.key(0))) == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,11 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from robust_vit import classifier, curvature, errors, losses, trees
+from robust_vit import classifier, curvature, data, errors, losses, trees
 from robust_vit.curvature import products
+from robust_vit.data import streams
 
 
 def _network_loss(params, batch):
@@ -33,6 +36,15 @@ def _squares(params, batch):
 
 def _softmax(params, batch):
     return jnp.mean(losses.cross_entropy(batch["x"] @ params["w"], batch["t"]))
+
+
+def _logistic(params, batch):
+    scores = batch["x"] @ params["w"]
+    return jnp.mean(jax.nn.softplus(scores) - batch["t"] * scores)
+
+
+def _rosenbrock(params, batch):
+    return jnp.mean(batch["x"]) * ((1 - params["a"]) ** 2 + 100 * (params["b"] - params["a"] ** 2) ** 2)
 
 
 def _deep_scalar(params, batch):
@@ -60,8 +72,12 @@ def _closed_forms():
     cross = np.mean(2 * s * (2 * a * b * s - t))
     deep = np.array([[2 * b**2 * np.mean(s**2), cross], [cross, 2 * a**2 * np.mean(s**2)]])
     labels = np.arange(7) % 3
+    s1 = 1 / (1 + np.exp(-x @ w[:, 0]))
+    bent = np.array([[2 - 400 * (b - 3 * a**2), -400 * a], [-400 * a, 200.0]])
     return {
         "linear regression": (_squares, {"w": w[:, 0]}, {"x": x, "t": x[:, 0]}, 2 / 7 * x.T @ x),
+        "logistic regression": (_logistic, {"w": w[:, 0]}, {"x": x, "t": labels % 2.0}, x.T * (s1 * (1 - s1)) @ x / 7),
+        "Rosenbrock": (_rosenbrock, {"a": np.float64(a), "b": np.float64(b)}, {"x": s**2}, np.mean(s**2) * bent),
         "softmax regression": (_softmax, {"w": w}, {"x": x, "t": labels}, softmax),
         "two scalar layers": (_deep_scalar, {"a": np.float64(a), "b": np.float64(b)}, {"x": s, "t": t}, deep),
     }
@@ -89,14 +105,28 @@ def test_closed_forms(name, microbatch, dtype, tolerance):
         assert np.linalg.eigvalsh(found)[0] < 0  # Indefinite: the sign is right.
 
 
-def test_uniform_probabilities_have_one_eigenvalue_of_known_multiplicity():
-    """One sample at p = 1/C: |x|^2 / C, C - 1 times, and zero for the rest."""
-    x = np.array([[1.0, 2.0, -2.0]], np.float32)
-    operator = curvature.hessian(
-        _softmax, {"w": jnp.zeros((3, 5))}, {"x": jnp.asarray(x), "t": jnp.zeros(1, jnp.int32)}
-    )
-    values = np.linalg.eigvalsh(_matrix(operator))
-    np.testing.assert_allclose(values, [0.0] * 11 + [9 / 5] * 4, atol=1e-6)
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_one_sample_has_the_eigenvalues_of_its_probabilities_times_its_square(scale):
+    """`eig(diag(p) - pp') |x|^2`, and zero for the rest; at p = 1/C that is `|x|^2 / C`, C - 1 times."""
+    rng = np.random.default_rng(0)
+    x, w = np.array([1.0, 2.0, -2.0]), scale * rng.normal(size=(3, 5))
+    batch = {"x": jnp.asarray(x[None], jnp.float32), "t": jnp.zeros(1, jnp.int32)}
+    values = np.linalg.eigvalsh(_matrix(curvature.hessian(_softmax, {"w": jnp.asarray(w, jnp.float32)}, batch)))
+    p = np.exp(x @ w) / np.exp(x @ w).sum()
+    expected = 9 * np.linalg.eigvalsh(np.diag(p) - np.outer(p, p))[1:]
+    np.testing.assert_allclose(values, [0.0] * 11 + list(expected), atol=2e-6)  # Measured: 7e-7.
+    assert np.ptp(p) == 0.0 if scale == 0.0 else np.ptp(p) > 0.2
+
+
+def test_the_gauss_newton_matrix_of_logistic_regression_is_its_hessian():
+    _, params, batch, expected = _closed_forms()["logistic regression"]
+    params, batch = _cast(params, np.float32), _cast(batch, np.float32)
+    found = curvature.gauss_newton(_linear_logits, params, batch, loss=_logistic_of_scores)
+    np.testing.assert_allclose(_matrix(found), expected, atol=2e-6 * np.abs(expected).max())
+
+
+def _logistic_of_scores(scores, batch):
+    return jnp.mean(jax.nn.softplus(scores) - batch["t"] * scores)
 
 
 @pytest.mark.parametrize("microbatch", [1, 4, 10, 50])
@@ -201,6 +231,138 @@ def test_statistics_over_the_batch_are_refused_unless_they_are_meant():
     np.testing.assert_allclose(found, _matrix(curvature.hessian(_softmax, params, centred)), atol=1e-6)
 
 
+def _dropped(params, batch, *_):
+    """Dropout with one key: a mask for each place in the batch."""
+    kept = jax.random.bernoulli(jax.random.key(0), 0.5, batch["x"].shape)
+    return _softmax(params, {**batch, "x": jnp.where(kept, 2 * batch["x"], 0.0)})
+
+
+def _dropped_by_own_keys(params, batch):
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(batch["key"])
+    return _softmax(params, {**batch, "x": jnp.where(kept, 2 * batch["x"], 0.0)})
+
+
+def test_dropout_is_frozen_by_a_key_for_each_example_and_not_by_one_for_all():
+    _, params, batch, _ = _closed_forms()["softmax regression"]
+    params, batch = _cast(params, np.float32), _cast(batch, np.float32)
+    with pytest.raises(errors.UserError, match="places of the examples.*evaluation mode.*separable=False"):
+        curvature.hessian(_dropped, params, batch)
+    keyed = {**batch, "key": jax.random.split(jax.random.key(0), 7)}
+    whole, split = (_matrix(curvature.hessian(_dropped_by_own_keys, params, keyed, microbatch=m)) for m in (None, 2))
+    np.testing.assert_allclose(split, whole, atol=1e-6)
+
+
+def _centred_logits(params, batch):
+    return (batch["x"] - jnp.mean(batch["x"], axis=0, keepdims=True)) @ params["w"]
+
+
+def _dropped_logits(params, batch):
+    return jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, batch["x"].shape), batch["x"], 0.0) @ params["w"]
+
+
+def _centred_squares(outputs, batch):
+    return jnp.mean((outputs - jnp.mean(outputs, axis=0, keepdims=True)) ** 2) + 0.0 * batch["t"][0]
+
+
+@pytest.mark.parametrize("outputs", [_centred_logits, _dropped_logits])
+def test_outputs_that_depend_on_their_company_or_place_are_refused_unless_they_are_meant(outputs):
+    _, params, batch, _ = _closed_forms()["softmax regression"]
+    params, batch = _cast(params, np.float32), _cast(batch, np.float32)
+    for build, options in (
+        (curvature.gauss_newton, {}),
+        (curvature.fisher, {}),
+        (curvature.fisher, {"kind": "empirical", "labels": batch["t"]}),
+        (curvature.fisher, {"kind": "sampled", "key": jax.random.key(0)}),
+    ):
+        with pytest.raises(errors.UserError, match="output of an example depends on the other.*separable=False"):
+            build(outputs, params, batch, **options)
+        build(outputs, params, batch, **options, separable=False)
+    with pytest.raises(errors.UserError, match="no mean over examples"):
+        curvature.gauss_newton(_linear_logits, params, batch, loss=_centred_squares)
+
+
+def _centred_input_losses(inputs, labels, kernel):
+    return _input_losses(inputs - jnp.mean(inputs, axis=0, keepdims=True), labels, kernel)
+
+
+def test_an_input_hessian_that_would_mix_examples_is_refused_unless_it_is_meant():
+    rng = np.random.default_rng(0)
+    arguments = (rng.normal(size=(5, 4)), np.arange(5) % 3, rng.normal(size=(4, 3)))
+    arguments = [jnp.asarray(one, jnp.float32 if one.dtype.kind == "f" else jnp.int32) for one in arguments]
+    with pytest.raises(errors.UserError, match="loss of an example depends on the other.*separable=False"):
+        curvature.input_hessian(_centred_input_losses, *arguments)
+    curvature.input_hessian(_centred_input_losses, *arguments, separable=False)
+    with pytest.raises(errors.UserError, match=r"shape \(\) for 5 examples: expected one number for each"):
+        curvature.input_hessian(_input_total, *arguments)
+
+
+def _input_total(inputs, labels, kernel):
+    return _input_losses(inputs, labels, kernel).sum()
+
+
+def test_logits_have_classes():
+    _, params, batch, _ = _closed_forms()["softmax regression"]
+    params, batch = _cast(params, np.float32), _cast(batch, np.float32)
+    params = {"w": params["w"][:, 0]}
+    for build, options in (
+        (curvature.gauss_newton, {}),
+        (curvature.fisher, {"kind": "empirical", "labels": batch["t"]}),
+    ):
+        with pytest.raises(errors.UserError, match=r"expected logits \[examples, classes\]"):
+            build(_linear_logits, params, batch, **options)
+
+
+class _Training(nn.Module):
+    """A network in training mode: dropout without a key, or BatchNorm whose statistics may not change."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, inputs):
+        if self.kind == "dropout":
+            inputs = nn.Dropout(0.5, deterministic=False)(inputs)
+        else:
+            inputs = nn.BatchNorm(use_running_average=False)(inputs)
+        return nn.Dense(3)(inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainingLogits:
+    kind: str
+
+    def __call__(self, params, batch, *state):
+        return _Training(self.kind).apply(
+            {"params": params, **({"batch_stats": state[0]} if state else {})}, batch["x"]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainingLoss:
+    kind: str
+
+    def __call__(self, params, batch, *state):
+        return jnp.mean(losses.cross_entropy(_TrainingLogits(self.kind)(params, batch, *state), batch["t"]))
+
+
+@pytest.mark.parametrize("kind", ["dropout", "batch norm"])
+def test_a_model_in_training_mode_is_told_so_in_a_line(kind):
+    _, _, batch, _ = _closed_forms()["softmax regression"]
+    batch = _cast(batch, np.float32)
+    variables = dict(_Training(kind).init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, batch["x"]))
+    arguments = variables.pop("params"), batch, *variables.values()
+    logits, loss = _TrainingLogits(kind), _TrainingLoss(kind)
+    for call in (
+        lambda: curvature.hessian(loss, *arguments),
+        lambda: curvature.gauss_newton(logits, *arguments),
+        lambda: curvature.fisher(logits, *arguments, kind="sampled", key=jax.random.key(0)),
+        lambda: curvature.worst_case(loss, *arguments, radius=0.1),
+        lambda: curvature.jacobian(logits, *arguments)(arguments[0]),
+    ):
+        with pytest.raises(errors.UserError, match="evaluation mode, with train=False") as refused:
+            call()
+        assert "\n" not in str(refused.value)
+
+
 _ASKED = []
 
 
@@ -217,6 +379,20 @@ def test_a_loss_is_tried_once():
         curvature.hessian(_counted, trees.scale(scale, params), batch)
     jax.effects_barrier()
     assert _ASKED.count("run") == 4
+
+
+def _counted_logits(params, batch):
+    jax.debug.callback(lambda: _ASKED.append(batch["x"].shape))
+    return _linear_logits(params, batch)
+
+
+def test_outputs_are_tried_once_on_a_few_examples():
+    _ASKED.clear()
+    params, batch = {"w": jnp.ones((4, 3))}, {"x": jnp.ones((50, 4))}
+    for scale in (1.0, 2.0):
+        curvature.gauss_newton(_counted_logits, trees.scale(scale, params), batch)
+    jax.effects_barrier()
+    assert _ASKED == [(8, 4)] * 2
 
 
 def _vector_loss(params, batch):
@@ -240,6 +416,18 @@ def _fused_loss(params, batch):
     return _fused(batch["x"] @ params["w"]) / batch["x"].shape[0]
 
 
+@jax.custom_vjp
+def _fused_tanh(x):
+    return jnp.tanh(x)
+
+
+_fused_tanh.defvjp(lambda x: (_fused_tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2),))
+
+
+def _fused_rows(params, batch):
+    return _fused_tanh(batch["x"] @ params["w"])
+
+
 def _plain_loss(params, batch):
     return jnp.sum(jnp.tanh(batch["x"] @ params["w"])) / batch["x"].shape[0]
 
@@ -253,7 +441,10 @@ def test_what_cannot_be_differentiated_twice_is_named_and_finite_differences_are
         curvature.hessian(_fused_loss, params, batch)
     found = _matrix(curvature.hessian(_fused_loss, params, batch, mode="finite difference"))
     exact = _matrix(curvature.hessian(_plain_loss, params, batch))
-    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 1e-2
+    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 2.5e-3  # Measured: 1.2e-3.
+    with pytest.raises(errors.UserError, match='custom_vjp.*attention="explicit"') as refused:
+        curvature.gauss_newton(_fused_rows, params, batch)
+    assert "finite difference" not in str(refused.value)  # It has no mode.
 
 
 # Other ways to the same product.
@@ -268,9 +459,9 @@ def test_reverse_over_reverse_is_forward_over_reverse():
     np.testing.assert_allclose(reverse, forward, atol=1e-14)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-3), (np.float64, 1e-8)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 7e-4), (np.float64, 2e-9)])
 def test_finite_differences_of_any_length_of_vector(dtype, tolerance):
-    """Measured: 2e-4 and 4e-10."""
+    """Measured: 3.4e-4 and 8.7e-10."""
     with _precision(dtype):
         params, batch = _network(jnp.dtype(dtype))
         exact, numeric = (curvature.hessian(_network_loss, params, batch, mode=mode) for mode in products.MODES[::2])
@@ -304,6 +495,13 @@ def test_what_cannot_be_linearised_says_so():
     params, batch = _network()
     with pytest.raises(errors.UserError, match="microbatches"):
         curvature.linearise(curvature.hessian(_network_loss, params, batch, microbatch=4))
+    scaled = curvature.Scaled(curvature.hessian(_network_loss, params, batch, microbatch=4), params)
+    with pytest.raises(errors.UserError, match="microbatches"):
+        curvature.linearise(scaled)
+    build = functools.partial(curvature.hessian, _network_loss, params)
+    for operator in (curvature.stream(build, [batch]), curvature.Scaled(curvature.stream(build, [batch]), params)):
+        with pytest.raises(errors.UserError, match="data set batch by batch"):
+            curvature.linearise(operator)
     with pytest.raises(errors.UserError, match="another mode"):
         curvature.linearise(curvature.hessian(_network_loss, params, batch, mode="finite difference"))
 
@@ -418,6 +616,26 @@ def test_sampled_labels_are_drawn_as_the_model_says_and_stay():
     assert float(curvature.indeterminism(operator, jax.random.key(2))) == 0.0
 
 
+_SIZES = []
+
+
+def _measured_logits(params, batch):
+    _SIZES.append(len(batch["x"]))
+    return _network_logits(params, batch)
+
+
+@pytest.mark.parametrize("microbatch", [3, 5])
+def test_labels_are_drawn_by_microbatches_as_from_the_whole_batch(microbatch):
+    params, batch = _network()
+    options = {"kind": "sampled", "key": jax.random.key(0), "separable": False}
+    _, expected = curvature.fisher(_network_logits, params, batch, **options).batch
+    _SIZES.clear()
+    _, labels = curvature.fisher(_measured_logits, params, batch, microbatch=microbatch, **options).batch
+    np.testing.assert_array_equal(labels, expected)
+    assert len(set(np.asarray(labels))) == 3
+    assert max(_SIZES) == microbatch
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -497,6 +715,48 @@ def test_a_stream_has_to_be_read_more_than_once():
         curvature.stream(build, iter([batch]))
     with pytest.raises(errors.UserError, match="empty"):
         curvature.stream(build, [])
+
+
+def _pixels_loss(params, batch):
+    logits = batch["image"].reshape(len(batch["image"]), -1) @ params["w"]
+    return jnp.mean(losses.cross_entropy(logits, batch["label"]))
+
+
+def test_a_stream_of_this_library_is_read_without_its_padding():
+    """Ten images in batches of four: the last one has two, and two of padding that are copies of the first image."""
+    rng = np.random.default_rng(0)
+    source = data.from_arrays(rng.integers(0, 256, (10, 4, 4, 1), np.uint8), np.arange(10) % 3)
+    stream = streams.EvaluationStream(source, batch=4)
+    params = {"w": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)}
+    build = functools.partial(curvature.hessian, _pixels_loss, params)
+    parts = list(stream.iterate())
+    assert [int(part["mask"].sum()) for part in parts] == [4, 4, 2]
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:10], *parts)
+    expected = curvature.hessian(_pixels_loss, params, whole)(params)
+    blank = jax.tree.map(np.zeros_like, parts[0])
+    for batches in (stream, parts, [*parts, blank]):
+        found = curvature.stream(build, batches)(params)
+        difference = trees.norm(trees.add(found, expected, -1.0)) / trees.norm(expected)
+        assert float(difference) < 1e-6  # Measured: 1e-7; with the padding 3e-2.
+    training = streams.TrainingStream(source, batch=4)
+    for batches, message in ((training, "no end"), (3, "cannot be read batch by batch"), ([blank], "empty")):
+        with pytest.raises(errors.UserError, match=message):
+            curvature.stream(build, batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [lambda o: curvature.Scaled(o, o.like), lambda o: curvature.within(o, "^in/")])
+def test_an_operator_made_of_a_stream_is_that_of_the_whole_batch(wrap):
+    params, batch = _network(count=8)
+    streamed = wrap(curvature.stream(functools.partial(curvature.hessian, _network_loss, params), _parts(batch, 4, 4)))
+    whole = wrap(curvature.hessian(_network_loss, params, batch))
+    vector = trees.normal_like(jax.random.key(0), params)
+    block = streamed.block(jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), vector))
+    for found, factor in ((streamed(vector), 1.0), (jax.tree.map(lambda leaf: leaf[1], block), 2.0)):
+        expected = trees.scale(factor, whole(vector))
+        assert float(trees.norm(trees.add(found, expected, -1.0)) / trees.norm(expected)) < 1e-6  # Measured: 2e-7.
+    found, expected = (curvature.lanczos(o, jax.random.key(1), rank=4, top=1).values for o in (streamed, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 # What a product costs, in matrix products of one gradient, by XLA's count.

@@ -189,21 +189,24 @@ def test_traces_of_blocks_sum_to_the_trace_and_their_eigenvalues_are_those_of_th
         whole = curvature.hessian(_small_net, params, batch)
         expressions = curvature.parameter_blocks(params)
         assert list(expressions) == ["stem", "block00/attention", "block00/mlp", "head"]
-        total = 0.0
+        total = own_total = 0.0
         for name, subset in expressions.items():
             mask = jax.tree.map(lambda chosen, leaf: jnp.full(leaf.shape, chosen), trees.mask(params, subset), params)
             chosen = np.flatnonzero(jax.flatten_util.ravel_pytree(mask)[0])
             assert len(chosen) == trees.count(subsets.select(params, subset)[0])
             block = dense[np.ix_(chosen, chosen)]
             total += np.trace(block)
+            own = curvature.hessian(_small_net, params, batch, subset=subset)
+            own_flat, own_unravel = jax.flatten_util.ravel_pytree(own.like)
+            own_total += sum(trees.dot(unit, own(unit)) for unit in map(own_unravel, jnp.eye(own_flat.size)))
             expected = np.linalg.eigvalsh(block)
             expected = expected[np.argmax(np.abs(expected))]
             found = curvature.lanczos(curvature.within(whole, subset), KEY, rank=len(flat), top=1)
             np.testing.assert_allclose(found.values, [expected], rtol=1e-10)
             if name == "block00/mlp":
-                own = curvature.hessian(_small_net, params, batch, subset=subset)
                 np.testing.assert_allclose(curvature.lanczos(own, KEY, rank=4, top=1).values, [expected], rtol=1e-10)
     np.testing.assert_allclose(total, np.trace(dense), rtol=1e-12)
+    np.testing.assert_allclose(own_total, np.trace(dense), rtol=1e-12)
 
 
 def test_blocks_of_scanned_and_of_foreign_parameters():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,12 +100,82 @@ def test_it_stops_at_the_precision_that_was_asked_for():
     assert not never.converged
 
 
+class _Diagonal(flax.struct.PyTreeNode):
+    """A diagonal matrix of any size."""
+
+    like: jax.Array
+
+    def __call__(self, vector):
+        return self.like * vector
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+def test_many_small_eigenvalues_below_the_rounding_of_few_large_ones_are_counted(method):
+    """Five of 1 and 200,000 of 1e-8: no image is told from the span of five others in float32, and they sum to 0.002."""
+    operator = _Diagonal(jnp.concatenate([jnp.ones(5), jnp.full(200_000, 1e-8)]))
+    for seed in range(3):
+        found = curvature.trace(operator, jax.random.key(seed), samples=48, method=method)
+        assert 0 < found.standard_error < 1e-5  # Measured: 2e-6 and 6e-7, rounding.
+        assert abs(found.value - 5.002) < 4 * found.standard_error  # Measured: 0.6 at most.
+
+
+def test_fewer_dimensions_than_a_block_are_counted_as_they_are_multiplied():
+    found = curvature.trace(_Diagonal(jnp.arange(1.0, 6.0)), KEY, method="xtrace", block=8)
+    assert found.value == pytest.approx(15.0, rel=1e-6)
+    assert (found.samples, found.applications) == (8, 16)
+    assert 0 < found.standard_error < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "precision"), [("hutch++", 0.02), ("xtrace", 0.01)])
+def test_a_span_doubles_until_it_has_the_precision_that_was_asked_for(method, precision):
+    """Eigenvalues 1/k: the larger the span, the less is left outside. What was multiplied is not multiplied again."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(150, 150)))[0]
+    values = 1 / np.arange(1.0, 151)
+    counted = _Counting(_operator((basis * values) @ basis.T).matrix)
+    options = {"samples": 96, "method": method, "block": 4}
+    loose, tight, never = (curvature.trace(counted, KEY, tolerance=t, **options) for t in (0.2, precision, 1e-9))
+    assert loose.applications == 24
+    assert loose.converged
+    assert loose.applications < tight.applications < never.applications
+    assert tight.standard_error <= precision * tight.value
+    assert abs(tight.value - values.sum()) < 4 * tight.standard_error
+    assert not never.converged
+    assert never.applications == {"hutch++": 96 + 24, "xtrace": 96}[method]
+    assert sum(counted.counts) == loose.applications + tight.applications + never.applications
+    # The span that grew is the one that is drawn at once.
+    fixed = curvature.trace(counted, KEY, **options)
+    assert fixed.applications == 96
+    assert never.value == pytest.approx(fixed.value, rel=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counting:
+    """A symmetric matrix that the host applies, and counts the vectors of."""
+
+    matrix: jax.Array
+    counts: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def like(self):
+        return self.matrix[0]
+
+    def block(self, vectors):
+        self.counts.append(len(vectors))
+        return jnp.matmul(vectors, self.matrix, precision="highest")
+
+
 def test_the_frobenius_norm():
     matrix = _matrix()
     found = curvature.frobenius(_operator(matrix), KEY, samples=400)
     assert abs(found.value - np.linalg.norm(matrix)) < 4 * found.standard_error
     assert found.standard_error < 0.02 * found.value
     assert curvature.frobenius(_operator(np.zeros((4, 4))), KEY, samples=8).value == 0.0
+    loose, never = (curvature.frobenius(_operator(matrix), KEY, samples=400, tolerance=t) for t in (0.03, 1e-6))
+    assert 16 <= loose.samples < 400
+    assert loose.standard_error <= 0.03 * loose.value
+    assert loose.converged
+    assert (never.samples, never.converged) == (400, False)
 
 
 def test_the_diagonal_and_its_error():
@@ -113,6 +185,17 @@ def test_the_diagonal_and_its_error():
     np.testing.assert_allclose(error, expected, rtol=0.2)
     scores = (np.asarray(values) - np.diag(matrix)) / np.asarray(error)
     assert 0.7 < np.sqrt(np.mean(scores**2)) < 1.4
+
+
+def test_the_diagonal_stops_at_the_precision_that_was_asked_for():
+    counted = _Counting(_operator(_matrix() + 4 * np.eye(60)).matrix)
+    values, error = curvature.diagonal(counted, KEY, samples=4000, tolerance=0.05)
+    taken = sum(counted.counts)
+    assert np.linalg.norm(error) <= 0.05 * np.linalg.norm(values)
+    assert 16 <= taken < 200
+    fewer = curvature.diagonal(counted, KEY, samples=taken - 8)
+    assert np.linalg.norm(fewer[1]) > 0.05 * np.linalg.norm(fewer[0])
+    assert np.isnan(curvature.diagonal(counted, KEY, samples=1, block=1)[1]).all()  # One sample has no spread.
 
 
 def _quartic(params, batch):
@@ -152,7 +235,9 @@ def test_mistakes_say_what_to_do(solve):
     with pytest.raises(errors.UserError, match="not finite"):
         solve(operator, KEY, samples=8)
     for options in ({"samples": 0}, {"block": 0}):
-        with pytest.raises(errors.UserError, match=f"{next(iter(options))} is 0"):
-            solve(_operator(np.eye(3)), KEY, **options)
+        methods = [{"method": method} for method in traces.METHODS] if solve is curvature.trace else [{}]
+        for method in methods:
+            with pytest.raises(errors.UserError, match=f"{next(iter(options))} is 0"):
+                solve(_operator(np.eye(3)), KEY, **options, **method)
     with pytest.raises(errors.UserError, match=r"hutch\+\+"):
         curvature.trace(_operator(np.eye(3)), KEY, method="hutch+")
