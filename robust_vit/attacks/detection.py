@@ -110,10 +110,10 @@ def evaluate(
 ) -> DetectorResult:
     """Scores a detector against an attack on its model alone and against one on both (Carlini & Wagner 2017, arXiv 1705.07263).
 
-    Plain is PGD on the margin. Adaptive is Auto-PGD on `detectors.stealth` with the goal `detectors.evade`: another class with the
-    least score that it meets, in the same ball. It differentiates the score, through rounding as if it were not there (BPDA), and
-    falls back on the plain image where that is the better one. Scores and classes are judged in float32. The adaptive area is an
-    upper bound: another attack may lower it.
+    Plain is PGD on the margin. Adaptive is Auto-PGD on `detectors.stealth` with the goal `detectors.evade`: another class with
+    the least score that it meets, in the same ball. It differentiates the score, through rounding as if it were not there
+    (BPDA), and falls back on the plain image where that is the better one. Scores and classes are judged in float32. The
+    adaptive area is an upper bound: another attack may lower it.
 
     Cost, an image: PGD's `steps + 1` passes of the model forward and backward at most, all of Auto-PGD's
     `1 + restarts * (steps + 1)` of model and detector (`Squeezing` has three passes of its own), and a dozen forward ones.
@@ -153,16 +153,8 @@ def evaluate(
     options = {"slots": min(slots, len(clean)), "seed": seed, "keep_images": True}
     plain = gradient.pgd(epsilon=radius, norm=ball, steps=steps, loss="margin")
     plain = runner.run(plain, detector.model, examples, **options)
-    goal = detectors.evade(classes)
-    adaptive = apgd.apgd(
-        epsilon=radius,
-        norm=ball,
-        steps=steps,
-        restarts=restarts,
-        loss=detectors.stealth,
-        goal=goal,
-        stop_on_success=False,
-    )
+    ascent = {"loss": detectors.stealth, "goal": detectors.evade(classes), "stop_on_success": False}
+    adaptive = apgd.apgd(epsilon=radius, norm=ball, steps=steps, restarts=restarts, **ascent)
     adaptive = runner.run(adaptive, guarded, examples, **options)
     scores, predictions = map(np.stack, zip(*(_judged(judge, x.images, slots) for x in (plain, adaptive)), strict=True))
     misled = predictions != plain.label

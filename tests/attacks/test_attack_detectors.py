@@ -173,11 +173,11 @@ def test_an_attack_that_knows_the_detector_evades_it(model):
     assert np.mean(np.asarray(unaware).argmax(axis=1) == 2) > 0.95
 
 
-# Measured areas of the plain and the adaptive attack: 1.000 and 0.770; 0.995 and 0.962; 0.904 and 0.206.
+# Measured areas of the plain and the adaptive attack: 1.000 and 0.369; 0.995 and 0.597; 0.899 and 0.165.
 ADAPTIVE = {
-    "mahalanobis": ({}, 0.99, 0.85),
-    "local_dimension": ({"neighbours": 100}, 0.98, 0.98),
-    "squeezing": ({"bits": 4}, 0.85, 0.4),
+    "mahalanobis": ({}, 0.99, 0.5),
+    "local_dimension": ({"neighbours": 100}, 0.98, 0.7),
+    "squeezing": ({"bits": 4}, 0.85, 0.3),
 }
 
 
@@ -191,15 +191,16 @@ def test_every_detector_is_scored_against_attacks_that_know_of_it(model, name):
     np.testing.assert_array_equal(found.row, np.flatnonzero(right) + 7)
     np.testing.assert_array_equal(found.label, labels[right])
     np.testing.assert_allclose(found.clean, scored(detector, images[right]), rtol=1e-4)
-    assert found.misled[:, 0].all()
-    assert found.misled[:, 1].mean() > 0.7
+    assert found.misled.all()
     assert found.area("plain").value > least
-    assert found.area("adaptive").value < min(most, found.area("plain").value - 0.02)
+    assert found.area("adaptive").value < most
+    # Who knows of the detector knows the plain attack too.
+    assert (found.adaptive <= found.plain).all()
     # The numbers are those of the rows.
     area = ranking.auroc(found.clean, found.adaptive[found.misled[:, 1]])
     assert found.area("adaptive") == area
     evaded = found.misled[:, 1] & (found.adaptive <= found.threshold)
-    assert found.evaded("adaptive").value == evaded.mean() > 0.2
+    assert found.evaded("adaptive").value == evaded.mean() > 0.6
     assert np.mean(found.clean > found.threshold) <= 0.05
     assert set(found.records()) >= {"row", "label", "clean", "plain", "adaptive", "misled"}
     assert [row[:2] for row in found.table(name).rows] == [(name, "plain"), (name, "adaptive")]
