@@ -192,17 +192,21 @@ def count_classes(classifier: Classifier | Wrapped, images: jax.Array) -> int:
 def in_float32(model: Any) -> Any:
     """The model's float32 twin: the same weights, computed in float32 where its module computes in less.
 
-    A fused attention becomes the explicit one: the kernel of a GPU is half precision, and has no second derivative. What
-    wraps a model in its field `model` is rebuilt around that model's twin.
+    A fused attention becomes the explicit one: the kernel of a GPU is half precision, and has no second derivative. Of a pytree
+    that holds models, however deep and however many, each is replaced by its twin.
     """
-    inner = getattr(model, "model", None)
-    if inner is not None:
-        return model.replace(model=in_float32(inner))
-    module = getattr(model, "module", None)
-    dtype = getattr(module, "dtype", None)
-    if dtype is None or jnp.dtype(dtype).itemsize >= 4:
+    return jax.tree.map(lambda node: _twin(node) if _has_dtype(node) else node, model, is_leaf=_has_dtype)
+
+
+def _has_dtype(node: Any) -> bool:
+    return getattr(getattr(node, "module", None), "dtype", None) is not None
+
+
+def _twin(model: Any) -> Any:
+    dtype = model.module.dtype
+    if jnp.dtype(dtype).itemsize >= 4:
         return model
     changes = {"dtype": "float32" if isinstance(dtype, str) else jnp.float32}
-    if getattr(module, "attention", None) == "fused":
+    if getattr(model.module, "attention", None) == "fused":
         changes["attention"] = "explicit"
-    return model.replace(module=module.clone(**changes))
+    return model.replace(module=model.module.clone(**changes))

@@ -209,8 +209,8 @@ def report_card(
       seed: of every draw.
 
     Raises:
-      UserError: one line, for a model that returns probabilities, non-finite or random logits or is no JAX function, and
-        for images or labels out of range.
+      UserError: one line, for a model that returns probabilities, non-finite or random logits, is in training mode or no JAX
+        function, and for images or labels out of range.
     """
     built = build_studies(studies)
     subject = foreign.subject(

@@ -311,6 +311,7 @@ _MISTAKES = {
     "probabilities": (dict(model=_probabilities), "gives probabilities"),
     "one number an image": (dict(model=lambda x: x.mean((1, 2, 3))), r"gives shape \(18,\)"),
     "images mixed up": (dict(model=lambda x: _logits(x)[:3]), r"gives shape \(3, 3\)"),
+    "training mode": (dict(model=lambda x: _logits(x) - _logits(x).mean(axis=0, keepdims=True)), "training mode"),
     "not finite": (dict(model=lambda x: jnp.log(-_logits(x) - 1.0)), "NaN or infinite logits"),
     "NumPy inside": (dict(model=lambda x: np.asarray(x).reshape(len(x), -1)), "no JAX function"),
     "wrong size": (dict(model=lambda x: x.reshape(len(x), 5, 5)), "fails on images of shape"),
@@ -355,7 +356,7 @@ def test_report_card_refuses_a_random_model(tmp_path):
             lambda x: noise((len(x), 3)), jax.ShapeDtypeStruct((len(images), 3), jnp.float32), images
         )
 
-    with pytest.raises(errors.UserError, match="different logits for the same images"):
+    with pytest.raises(errors.UserError, match="other logits in a second pass"):
         _card(tmp_path, model=dropout)
 
 

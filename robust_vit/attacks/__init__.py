@@ -15,6 +15,7 @@ from robust_vit.attacks import (
     cards,
     channel,
     checks,
+    detection,
     detectors,
     expectations,
     guards,
@@ -60,6 +61,7 @@ Attack = skeleton.Attack
 AttackResult = skeleton.AttackResult
 Channel = channel.Channel
 DETECTORS = detectors.DETECTORS
+DetectorResult = detection.DetectorResult
 Goal = skeleton.Goal
 Guard = guards.Guard
 NORMS = norms.NORMS
@@ -74,6 +76,7 @@ certify = smoothing.certify
 check = checks.check
 check_inputs = inputs.check_inputs
 destruction_rate = channel.destruction_rate
+evaluate_detector = detection.evaluate
 example_keys = runner.example_keys
 expectation = expectations.expectation
 fit_detector = detectors.fit

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_vit import errors
-from robust_vit.attacks import evaluation, norms, skeleton
+from robust_vit.attacks import arguments, evaluation, norms, skeleton
 
 # Croce & Hein 2020, arXiv 2003.01690, section 3: of an iterate the step's share and the momentum's; what share of steps has to
 # raise the loss; the first window between two checkpoints, by how much each is shorter, the shortest; in shares of the steps.
@@ -154,7 +154,8 @@ class AutoPGD(skeleton.Attack, kw_only=True):
 
     def sweep(self, epsilons: Float[Array, " sweep"]) -> AutoPGD:
         """This attack at each radius: `jax.vmap(lambda a: a(model, keys, images, labels))(attack.sweep(epsilons))`."""
-        return self.replace(epsilon=jnp.asarray(epsilons, jnp.result_type(float)))
+        epsilon = arguments.ball(epsilons, self.norm, None)[0]
+        return self.replace(epsilon=jnp.asarray(epsilon, jnp.result_type(float)))
 
     def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> AutoState:
         """The state before any evaluation. No passes."""

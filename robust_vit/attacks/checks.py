@@ -6,8 +6,9 @@ is known. What each guard looks at is in `robust_vit.attacks.guards`.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,22 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from robust_vit import errors, loops, losses, tables
-from robust_vit.attacks import arguments, evaluation, gradient, guards, inputs, norms, runner, skeleton, square, threats
+from robust_vit.attacks import (
+    arguments,
+    estimation,
+    evaluation,
+    gradient,
+    guards,
+    inputs,
+    norms,
+    runner,
+    skeleton,
+    square,
+    threats,
+)
 from robust_vit.metrics import statistics
+
+PAIRS = 10  # Of images that the default black box asks about in a step, where it estimates gradients.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +98,16 @@ def follow(
     attack: skeleton.Attack, model: skeleton.Model, keys: jax.Array, images: jax.Array, labels: jax.Array
 ) -> guards.Path:
     """Runs an attack and looks at every iterate: what the attack costs, and a forward pass a step besides."""
-    state = jax.tree.map(jnp.copy, skeleton.start(attack, keys, images, labels))
-    looks = [_look(attack, model, state)]
-    for _ in range(attack.evaluations):
-        state = loops.repeat(skeleton.advance, state, 1, attack, model, donate=True)
+    looks = []
+    for state in _walk(attack, model, keys, images, labels):
         looks.append(_look(attack, model, state))
-    values, met = (np.stack([np.asarray(look[part]) for look in looks]) for part in (0, 1))
-    return guards.Path(values, met, skeleton.finish(attack, model, state))
+    # Where all are done nothing moves any more.
+    looks += looks[-1:] * (attack.evaluations + 1 - len(looks))
+    margins, achieved, met, distances = (np.stack([np.asarray(look[part]) for look in looks]) for part in range(4))
+    inside = np.ones_like(met)
+    if not attack.minimal and hasattr(attack, "epsilon"):
+        inside = norms.within(distances, float(attack.epsilon))
+    return guards.Path(margins, achieved & inside | met, inside, skeleton.finish(attack, model, state))
 
 
 def check(
@@ -112,7 +130,8 @@ def check(
     """Looks for every known sign of false robustness on a batch of images.
 
     Cost, in passes of the batch: `neighbours` and a dozen forward ones, and each white-box attack at epsilon, at its multiples
-    and without a bound: with the defaults about 1,100 forward and 420 backward passes at most. 64 to 256 images tell enough.
+    and without a bound, as long as an image is left: with the defaults about 1,100 forward and 420 backward passes at most. 64 to
+    256 images tell enough.
 
     Args:
       model: canonical pixels to logits.
@@ -122,8 +141,8 @@ def check(
       epsilon: radius of the ball, in pixel units.
       norm: of the ball; the maximum norm where neither it nor `threat` is given.
       white_box: bounded or minimal attacks by name; PGD on the cross-entropy and on the margin by default.
-      black_box: attacks that ask for logits alone, by name, which should be no stronger than the white boxes; Square by
-        default, in the norms that it knows.
+      black_box: attacks that ask for logits alone, by name, which should be no stronger than the white boxes; by default Square,
+        or NES in L1, which Square does not know.
       steps: of the default white boxes.
       queries: of the default black box.
       multiples: of epsilon, at which the white boxes are run besides: accuracy may not rise with epsilon.
@@ -210,7 +229,9 @@ class _Bench:
         """What it finds there; what an attack without a ball has found holds for every size."""
         if attack.minimal and found is not None:
             return found
-        return self.sized(attack, size)(self.model, self.keys, self.images, self.labels)
+        attack = self.sized(attack, size)
+        walked = collections.deque(_walk(attack, self.model, self.keys, self.images, self.labels), maxlen=1)
+        return skeleton.finish(attack, self.model, walked[0])
 
     def broken(self, result: skeleton.AttackResult, size: float) -> np.ndarray:
         """Which images it broke within the ball of this size, those that are misclassified as they are among them."""
@@ -225,15 +246,30 @@ def _white_box(radius: Any, ball: norms.Norm, steps: int) -> dict[str, skeleton.
 
 
 def _black_box(radius: Any, ball: norms.Norm, queries: int) -> dict[str, skeleton.Attack]:
-    if ball not in (norms.LINF, norms.L2):
-        return {}
-    return {"square": square.square(epsilon=radius, norm=ball, queries=queries)}
+    if ball in (norms.LINF, norms.L2):
+        return {"square": square.square(epsilon=radius, norm=ball, queries=queries)}
+    steps = max(1, queries // (1 + 2 * PAIRS))
+    return {"nes": estimation.nes(epsilon=radius, norm=ball, samples=PAIRS, steps=steps, loss="margin")}
+
+
+def _walk(
+    attack: skeleton.Attack, model: skeleton.Model, keys: jax.Array, images: jax.Array, labels: jax.Array
+) -> Iterator[skeleton.State]:
+    """The states of an attack from the start until all examples are done; each is given up for the next one."""
+    state = jax.tree.map(jnp.copy, skeleton.start(attack, keys, images, labels))
+    yield state
+    for _ in range(attack.evaluations):
+        state = loops.repeat(skeleton.advance, state, 1, attack, model, donate=True)
+        yield state
+        if np.asarray(state.done).all():
+            return
 
 
 @jax.jit
-def _look(attack: skeleton.Attack, model: skeleton.Model, state: skeleton.State) -> tuple[jax.Array, jax.Array]:
+def _look(attack: skeleton.Attack, model: skeleton.Model, state: skeleton.State) -> tuple[jax.Array, ...]:
     logits = evaluation.logits(model, state.images, state.keys, state.count)
-    return losses.margin(logits, state.labels), attack.achieves(logits, state.labels) | state.success
+    achieved = attack.achieves(logits, state.labels)
+    return losses.margin(logits, state.labels), achieved, state.success, attack.norm.measure(state.images - state.clean)
 
 
 @jax.jit

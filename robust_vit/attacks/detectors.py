@@ -143,7 +143,9 @@ def mahalanobis(
       batch: images a pass.
     """
     arguments.positive(ridge=ridge)
-    labels = _labels(model, images, labels)
+    if labels is None:
+        raise errors.UserError("the detector is fitted by class: give labels, one class index an image.")
+    labels = np.asarray(labels)
     seen = features.extract(features.Layer(model, layer), images, batch=batch)
     present = np.unique(labels)
     means = np.stack([seen[labels == label].mean(axis=0) for label in present])
@@ -217,10 +219,17 @@ def fit(name: str, model: Any, images: Any, labels: Any = None, **options: Any) 
     Args:
       name: one of `DETECTORS`.
       model: canonical pixels to logits, with `features` where the detector reads them.
-      images: clean images to fit on, canonical pixels.
+      images: clean images to fit on, canonical pixels; None where there is nothing to fit.
       labels: their classes, where the detector needs them.
       **options: keyword arguments of the function that it names; an unknown one is a `UserError` with the nearest known.
+
+    Raises:
+      errors.UserError: what `attacks.check_inputs` refuses in pixels, labels and model; what the detector refuses.
     """
+    if images is not None:
+        images = np.asarray(images, np.float32)
+        inputs.check_values(model, images, np.zeros(len(images), np.int32) if labels is None else np.asarray(labels))
+        inputs.check_once(model, images)
     fixed = {"model": model, "images": images, "labels": labels}
     return registry.build("detector", name, DETECTORS, options, fixed=fixed)
 
@@ -274,9 +283,24 @@ def guard(
 
 def evasion(outputs: Float[Array, "batch classes_and_one"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
     """The margin by which another class beats the label, less the excess of the alarm: positive where the image evades both."""
+    margin, alarm = _read(outputs, labels)
+    return margin - jax.nn.relu(alarm)
+
+
+def stealth(outputs: Float[Array, "batch classes_and_one"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
+    """As `evasion` until another class beats the label, and then how far the score lies below the threshold.
+
+    The margin counts for nothing more once it is won, so that an attack goes on to the least score (selective gradients,
+    Bryniarski et al. 2022, arXiv 2106.15023). Positive just where the image evades both.
+    """
+    margin, alarm = _read(outputs, labels)
+    return jnp.minimum(margin, 0.0) - jnp.where(margin > 0, alarm, jax.nn.relu(alarm))
+
+
+def _read(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The margin of the logits, and by how much the alarm exceeds them."""
     logits = outputs[:, :-1].astype(jnp.promote_types(outputs.dtype, jnp.float32))
-    alarm = outputs[:, -1] - jnp.max(logits, axis=-1)
-    return losses.margin(logits, labels) - jax.nn.relu(alarm)
+    return losses.margin(logits, labels), outputs[:, -1] - jnp.max(logits, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,11 +317,3 @@ def evade(classes: int) -> skeleton.Goal:
     """The goal of an attack on a `Guarded` model of that many classes: another class, and no alarm."""
     arguments.counts(classes=classes, least=2)
     return skeleton.Goal("evade", 1.0, Evades(classes))
-
-
-def _labels(model: Any, images: Any, labels: Any) -> np.ndarray:
-    if labels is None:
-        raise errors.UserError("the detector is fitted by class: give labels, one class index an image.")
-    labels = np.asarray(labels)
-    inputs.check_values(model, np.asarray(images, np.float32), labels)
-    return labels

@@ -132,7 +132,7 @@ def nes(
 
     Args:
       epsilon: radius of the ball, in pixel units [0, 1].
-      norm: `linf` or `l2`; the maximum norm where neither it nor `threat` is given.
+      norm: `linf`, `l2` or `l1`, where a step moves a single value; the maximum norm where neither it nor `threat` is given.
       threat: a threat model or its name (`cifar10/linf-8`), in place of `epsilon` and `norm`.
       samples: antithetic pairs a step.
       steps: at most.

@@ -47,7 +47,7 @@ def respond(model: Model, images: jax.Array, keys: Key[Array, " batch"], draw: j
 
 def collapse(responses: jax.Array) -> jax.Array:
     """Logits `[batch, classes]`: what softmax turns into the mean probability over the draws."""
-    if responses.ndim == 2:
+    if responses.ndim != 3:
         return responses
     return jax.nn.logsumexp(jax.nn.log_softmax(responses), axis=0) - jnp.log(responses.shape[0])
 

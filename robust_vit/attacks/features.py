@@ -12,14 +12,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from robust_vit import errors
+from robust_vit.attacks import evaluation
+
+LOGITS = "logits"  # What every model has.
 
 
 class Layer(flax.struct.PyTreeNode):
     """A model up to one of its named features.
 
     Attributes:
-      model: with `features(images) -> (logits, features)`.
-      name: of the features; static.
+      model: with `features(images) -> (logits, features)`; for the logits, any model.
+      name: of the features, or `logits`; static.
     """
 
     model: Any
@@ -27,7 +30,7 @@ class Layer(flax.struct.PyTreeNode):
 
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch width"]:
         """The features, one row an image, in float32 or wider. One forward pass."""
-        found = self.model.features(images)[1][self.name]
+        found = self.model(images) if self.name == LOGITS else self.model.features(images)[1][self.name]
         return found.reshape(found.shape[0], -1).astype(jnp.promote_types(found.dtype, jnp.float32))
 
     def width(self, shape: tuple[int, ...]) -> int:
@@ -37,15 +40,24 @@ class Layer(flax.struct.PyTreeNode):
           errors.UserError: the model has no features, or none of this name.
         """
         remedy = "give a Classifier, or a pytree with features(images) -> (logits, {'pre_logits': ...})"
+        if self.name == LOGITS:
+            return evaluation.count_classes(self.model, shape)
         if not hasattr(self.model, "features"):
             raise errors.UserError(f"the model is a {type(self.model).__name__} without features: {remedy}.")
-        images = jax.ShapeDtypeStruct(shape, jnp.float32)
-        known = jax.eval_shape(lambda model, x: model.features(x)[1], self.model, images)
+        known = names(self.model, shape)
         if not known:
             raise errors.UserError(f"the model names no features, and {self.name!r} is asked for: {remedy}.")
         if self.name not in known:
             raise errors.unknown("layer", self.name, known)
         return int(np.prod(known[self.name].shape[1:]))
+
+
+def names(model: Any, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The features that a model names, for images of this shape; none of a function alone. Computes nothing."""
+    if not hasattr(model, "features"):
+        return {}
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda model, x: model.features(x)[1], model, images)
 
 
 def extract(

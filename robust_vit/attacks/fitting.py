@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from robust_vit import errors
-from robust_vit.attacks import evaluation, skeleton
+from robust_vit.attacks import evaluation, inputs, skeleton
 
 
 class Batch(NamedTuple):
@@ -46,31 +46,15 @@ class Batches:
         first = next(iter(batches), None)
         if first is None:
             raise errors.UserError("there are no batches to learn from.")
-        images, labels = first["image"], first["label"]
-        if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
-            raise errors.UserError(
-                f"images are {images.dtype} {tuple(images.shape)}: expected floating point [batch, height, width, channels] in "
-                "[0, 1]; divide uint8 by 255."
-            )
-        kept = jnp.asarray(first["mask"] if "mask" in first else np.ones(images.shape[0]), bool)
-        pixels = jnp.where(kept[:, None, None, None], images, 0.0)
-        low, high = float(pixels.min()), float(pixels.max())
-        if not (low >= 0 and high <= 1):
-            raise errors.UserError(
-                f"images span [{low:.4g}, {high:.4g}]: expected canonical pixels in [0, 1]; normalise inside the model."
-            )
-        self._size = images.shape[0]
-        self.image_shape = tuple(images.shape[1:])
-        counts = {evaluation.count_classes(model, images.shape) for model in models}
+        shape = first["image"].shape
+        self._size, self.image_shape = shape[0], tuple(shape[1:])
+        images = _check(models[0], first)
+        counts = {evaluation.count_classes(model, shape) for model in models}
         if len(counts) > 1:
             raise errors.UserError(f"the models give {sorted(counts)} logits: an ensemble needs the same classes.")
-        self.classes = counts.pop()
-        largest = int(jnp.where(kept, labels, 0).max()) if labels.shape == images.shape[:1] else 0
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or largest >= self.classes:
-            raise errors.UserError(
-                f"labels are {labels.dtype} {tuple(labels.shape)} up to {largest}: expected one class index an image, 0 to "
-                f"{self.classes - 1}."
-            )
+        for model in models:
+            inputs.check_once(model, images)
+        self.classes, self._model = counts.pop(), models[0]
 
     def goal(self, target: int | None) -> skeleton.Goal:
         """Untargeted without a target.
@@ -85,7 +69,11 @@ class Batches:
         return skeleton.TARGETED
 
     def take(self, steps: int, target: int | None = None) -> Iterator[tuple[int, Batch]]:
-        """As many batches as there are steps, numbered, from the beginning again after the last one."""
+        """As many batches as there are steps, numbered, from the beginning again after the last one.
+
+        Raises:
+          errors.UserError: pixels or labels of a batch that are out of range, when it is met first.
+        """
         step = 0
         while step < steps:
             before = step
@@ -93,6 +81,8 @@ class Batches:
                 if step == steps:
                     return
                 if batch["image"].shape[0] <= self._size:
+                    if not before:
+                        _check(self._model, batch)
                     yield step, self._prepared(batch, target)
                     step += 1
             if step == before:
@@ -114,3 +104,13 @@ class Batches:
                 jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1))) for array in (images, labels, weights)
             )
         return Batch(images, labels, weights / jnp.maximum(weights.sum(), 1.0))
+
+
+def _check(model: Any, batch: Mapping[str, np.ndarray]) -> Float[Array, "batch height width channels"]:
+    """Refuses pixels and labels out of range, and returns the images; padding, which may be anything, is black and of class 0."""
+    images, labels = batch["image"], batch["label"]
+    if "mask" in batch and images.ndim == 4 and labels.shape == images.shape[:1]:
+        kept = jnp.asarray(batch["mask"], bool)
+        images, labels = jnp.where(kept[:, None, None, None], images, 0), jnp.where(kept, labels, 0)
+    inputs.check_values(model, images, labels)
+    return images

@@ -66,7 +66,7 @@ class ProjectedAscent(skeleton.Climb, kw_only=True):
 
     def sweep(self, epsilons: Float[Array, " sweep"]) -> ProjectedAscent:
         """This attack at each radius, its numbers stacked: `jax.vmap(lambda a: a(model, keys, images, labels))(a.sweep(e))`."""
-        epsilons = jnp.asarray(epsilons, jnp.result_type(float))
+        epsilons = jnp.asarray(arguments.ball(epsilons, self.norm, None)[0], jnp.result_type(float))
         return jax.tree.map(lambda number: jnp.broadcast_to(number, epsilons.shape), self).replace(epsilon=epsilons)
 
     def init(self, keys: jax.Array, images: jax.Array, labels: jax.Array) -> AscentState:

@@ -2,6 +2,11 @@
 
 Sources: Croce & Hein 2020 (arXiv 2003.01690) and the flags of AutoAttack's `checks.py`; Pintor et al. 2022 (arXiv 2106.09947),
 "Indicators of Attack Failure"; Carlini et al. 2019 (arXiv 1902.06705).
+
+Of AutoAttack's flags one has no counterpart: `check_dynamic` traces whether the forward pass calls `grad` or `backward`, since in
+torch what a model optimises inside itself is cut off from the attack's gradient. In JAX a gradient inside the model is a pure
+function like any other, through which the attack differentiates; what does cut it off (`stop_gradient`, a rule of one's own, a
+callback) leaves a gradient that is zero or wrong, which the guards of gradients, of the black box and without a bound see.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from robust_vit import errors, losses
-from robust_vit.attacks import evaluation, inputs, norms, skeleton
+from robust_vit.attacks import boundaries, evaluation, inputs, norms, skeleton
 from robust_vit.metrics import statistics
 
 VANISHED = 0.01  # Share of images without a usable gradient that is too many.
@@ -27,7 +32,6 @@ LAST = 10  # The last steps, in which a loss that has converged gains no more th
 MOVING = 0.05  # of its whole range (Pintor et al. 2022).
 UNFINISHED = 0.1  # Share of unbroken images whose loss may still move.
 WEAKER = 0.002  # Accuracy by which a black box may beat the white boxes (AutoAttack's `check_square_sr`).
-LEFT = 0.05  # Accuracy that attacks without a bound may leave.
 CHANCE = 0.01  # A comparison of two accuracies on the same images fires below this p-value (exact McNemar).
 
 
@@ -55,13 +59,55 @@ class Path:
     Attributes:
       margins: of the iterates before each step and after the last. Not the attack's loss: cross-entropy is an exponential of the
         margin where the model is sure, and moves by per cents of its range long after the margin has come to rest.
-      adversarial: whether such an iterate reached the goal, or the attack says that it met one that did.
+      adversarial: whether such an iterate reached the goal in the ball, or the attack says that it met one that did.
+      inside: whether such an iterate lies in the attack's ball: Auto-PGD in L1 comes from larger ones.
       result: what the attack returned.
     """
 
     margins: Float[np.ndarray, "looks batch"]
     adversarial: Bool[np.ndarray, "looks batch"]
+    inside: Bool[np.ndarray, "looks batch"]
     result: skeleton.AttackResult
+
+
+@dataclasses.dataclass(frozen=True)
+class Fall:
+    """A raw curve that falls: fewer images break in a larger ball than in a smaller one.
+
+    Attributes:
+      small: the size of the smaller ball.
+      large: that of the larger one.
+      images: how many fewer.
+      p_value: of the exact McNemar test.
+    """
+
+    small: float
+    large: float
+    images: int
+    p_value: float
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether it is beyond chance."""
+        return self.p_value < CHANCE
+
+
+def falls(broken: Mapping[float, Bool[np.ndarray, " images"]]) -> list[Fall]:
+    """Every pair of sizes between which the raw curve falls, the clearest first. `broken`: which images break, by size."""
+    found = []
+    for small, large in itertools.combinations(sorted(broken), 2):
+        fewer = int(broken[small].sum()) - int(broken[large].sum())
+        if fewer > 0:
+            found.append(Fall(small, large, fewer, statistics.mcnemar(broken[small], broken[large]).p_value))
+    return sorted(found, key=lambda fall: fall.p_value)
+
+
+def towards_rival(logits: jax.Array, labels: jax.Array) -> Float[jax.Array, " batch"]:
+    """The targeted DLR loss towards the most likely other class, which `apgd_t` goes for first."""
+    return losses.targeted_dlr(logits, labels, boundaries.most_likely_rivals(logits, labels, 1)[:, 0])
+
+
+LOSSES = {**skeleton.LOSSES, "targeted_dlr": towards_rival}
 
 
 def stochastic(logits: np.ndarray, again: np.ndarray) -> Guard:
@@ -90,7 +136,7 @@ def gradients(model, keys, images, labels, right, ball: norms.Norm, radius: Any)
     """A guard for each loss: gradients at the image and at a random point of the ball."""
     guards = []
     near = _neighbour(ball, keys, images, radius, 0)
-    for name, loss in skeleton.LOSSES.items():
+    for name, loss in LOSSES.items():
         try:
             gone = [np.asarray(_vanished(loss, model, keys, points, labels)) for points in (images, near)]
         except errors.UserError:  # A loss that is not defined for so few classes.
@@ -119,7 +165,7 @@ def unstable(model, keys, images, labels, right, ball: norms.Norm, radius: Any, 
 
 
 def silent(name: str, path: Path, right: np.ndarray) -> Guard:
-    """Whether a point on the way was adversarial and the one returned is not."""
+    """Whether a point on the way was adversarial, in the ball, and the one returned is not."""
     lost = path.adversarial.any(axis=0) & ~np.asarray(path.result.success) & right
     detail = f"{lost.sum()} images were adversarial on the way and are not as returned"
     remedy = ": return the best point met, and judge it in the precision that is attacked"
@@ -131,7 +177,8 @@ def converged(name: str, attack: skeleton.Attack, path: Path, right: np.ndarray)
     if attack.evaluations <= LAST:
         return []
     unbroken = right & ~np.asarray(path.result.success)
-    rising = np.maximum.accumulate(attack.goal.direction * path.margins.astype(np.float64), axis=0)
+    reached = np.where(path.inside, attack.goal.direction * path.margins.astype(np.float64), -np.inf)
+    rising = np.maximum.accumulate(reached, axis=0)
     span = rising[-1] - rising[0]
     moved = (rising[-1] - rising[-1 - LAST]) / np.where(span > 0, span, 1.0)
     share = float((moved[unbroken] > MOVING).mean()) if unbroken.any() else 0.0
@@ -157,26 +204,21 @@ def inside(name: str, attack: skeleton.Attack, result: skeleton.AttackResult, ba
 
 def rising(name: str, at: Mapping[float, np.ndarray]) -> Guard:
     """Whether fewer images break in a larger ball than in a smaller one, beyond chance. `at`: broken images by size."""
-    sizes = sorted(at)
-    rises = {}
-    for small, large in itertools.pairwise(sizes):
-        test = statistics.mcnemar(at[small], at[large])
-        rises[small, large] = (float(at[small].mean() - at[large].mean()), test.p_value)
-    fallen = [pair for pair, (rise, p_value) in rises.items() if rise > 0 and p_value < CHANCE]
-    value = max((rise for rise, _ in rises.values()), default=0.0)
-    detail = (
-        f"fewer images break at {fallen[0][1]:g} epsilon than at {fallen[0][0]:g}: the gradient misleads long steps; read the "
-        "envelope over sizes, and attack by other means"
-        if fallen
-        else f"no fewer images break at {', '.join(f'{size:g}' for size in sizes[1:])} epsilon than below"
-    )
-    return Guard(f"rising accuracy/{name}", bool(fallen), detail, value)
+    found = falls(at)
+    if not found:
+        others = ", ".join(f"{size:g}" for size in sorted(at)[1:])
+        return Guard(f"rising accuracy/{name}", False, f"no fewer images break at {others} epsilon than below", 0.0)
+    worst = found[0]
+    detail = f"{worst.images} fewer images break at {worst.large:g} epsilon than at {worst.small:g} (p = {worst.p_value:.2g})"
+    remedy = ": the gradient misleads long steps; read the envelope over sizes, and attack by other means"
+    share = worst.images / len(at[worst.small])
+    return Guard(f"rising accuracy/{name}", worst.is_significant, detail + remedy * worst.is_significant, share)
 
 
 def unbounded(broken: np.ndarray) -> Guard:
     """Whether attacks that only the box [0, 1] bounds leave images right."""
     left = float((~broken).mean())
-    fired = left > LEFT
+    fired = left > 0
     detail = f"without a bound the white boxes leave {left:.1%} of the images right"
     remedy = ", where they should leave none: they are too weak for this model, or it answers the same everywhere"
     return Guard("unbounded", fired, detail + remedy * fired, left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import jax
@@ -18,6 +19,11 @@ from robust_vit.attacks import evaluation
 SAME = 1e-4
 ALIKE = 1e-2
 SUMS = 1e-4  # How near to one the sums of probabilities are.
+LOOKED_AT = 64  # Images of a batch on which a model is looked at before an attack.
+REMEMBERED = 64  # Models that need not be looked at again.
+
+_NUMBERS = np.generic | float | int
+_passed: dict[Any, list[weakref.ref]] = {}
 
 
 def check_arrays(
@@ -139,6 +145,53 @@ def check_model(
     return logits.shape[1]
 
 
+def check_once(
+    model: evaluation.Model, images: Float[Array, "batch height width channels"], *, mesh: Mesh | None = None
+) -> None:
+    """`check_model` of a model that it has not passed yet, on a third of the images, so that it costs one forward pass of them.
+
+    A model is known again by its structure and by its arrays, the same objects. Tracers pass, and so does what several processes
+    hold in parts: `robust_vit.attacks.run` looks at those.
+
+    Args:
+      model: canonical pixels to logits.
+      images: canonical pixels, in [0, 1]; at most `LOOKED_AT` of them are looked at.
+      mesh: devices that share the images, all of which are looked at then.
+
+    Raises:
+      errors.UserError: what `check_model` refuses.
+    """
+    leaves, structure = jax.tree.flatten(model)
+    if any(
+        isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True)
+        for leaf in (*leaves, images)
+    ):
+        return
+    name = structure, tuple(leaf if isinstance(leaf, _NUMBERS) else id(leaf) for leaf in leaves)
+    arrays = [leaf for leaf in leaves if not isinstance(leaf, _NUMBERS)]
+    # The number of an array that is gone may be that of another one.
+    if name in _passed and all(holds() is array for holds, array in zip(_passed[name], arrays, strict=True)):
+        return
+    count = len(images) if mesh is not None else max(2, min(len(images) // 3, LOOKED_AT))
+    check_model(model, np.asarray(images[:count]), mesh=mesh)
+    _passed.pop(name, None)
+    _passed[name] = [weakref.ref(array) for array in arrays]
+    if len(_passed) > REMEMBERED:
+        del _passed[next(iter(_passed))]
+
+
+def check_losses(losses: Float[Array, " batch"]) -> None:
+    """Refuses losses that are not finite: what was found on such logits is no success. Tracers pass."""
+    if isinstance(losses, jax.core.Tracer):
+        return
+    broken = int(_count_broken(losses))
+    if broken:
+        raise errors.UserError(
+            f"the model's loss is not finite on {broken} of {len(losses)} attacked images: check the weights, and the precision "
+            "that the model computes in."
+        )
+
+
 def check_inputs(
     model: evaluation.Model,
     images: Float[np.ndarray, "batch height width channels"],
@@ -185,6 +238,11 @@ def _answers(model: evaluation.Model, images: jax.Array, rows: jax.Array) -> jax
     # An example's draws are its own: of a model that declares itself random, the same in every pass.
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), rows)
     return evaluation.logits(model, images, keys)
+
+
+@jax.jit
+def _count_broken(losses: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(losses))
 
 
 @jax.jit

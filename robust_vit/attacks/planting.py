@@ -97,7 +97,7 @@ def planted(
     threat: str | threats.ThreatModel | None = None,
     epsilon: float | None = None,
     norm: str | norms.Norm | None = None,
-    layer: str = "pre_logits",
+    layer: str | None = None,
     inner: int | None = None,
     random_points: int | None = None,
     rows: np.ndarray | None = None,
@@ -117,13 +117,14 @@ def planted(
     Cost: `inner + 2 + random_points` forward passes an image, and the attack's.
 
     Args:
-      model: with `features(images) -> (logits, features)`: every `Classifier` of this library.
+      model: canonical pixels to logits: a function, a `Classifier`, or what has `features(images) -> (logits, features)`.
       images: canonical pixels in [0, 1].
       attack: bounded, in the same norm; it runs with the threat's epsilon.
       threat: a threat model or its name, in place of `epsilon` and `norm`.
       epsilon: radius of the ball, in pixel units.
       norm: of the ball; the maximum norm where neither it nor `threat` is given.
-      layer: the features that the head reads.
+      layer: the features that the head reads; by default `pre_logits`, or the logits of a model that does not name them: then
+        there are fewer inner points, and the test is an easier one.
       inner: points of class 0; half the width of the features by default, 999 at most: more are hardly separable.
       random_points: for the control; as many as the attack has forward passes by default.
       rows: ids of the images, from which points are drawn; positions by default.
@@ -131,14 +132,21 @@ def planted(
       batch: images a pass where points are looked at.
 
     Raises:
-      errors.UserError: a model without these features, an attack in another norm or without a ball, no image separable.
+      errors.UserError: a model without these features or that `check_inputs` refuses, an attack in another norm or without a
+        ball, no image separable.
     """
     radius, ball = arguments.ball(epsilon, norm, threat)
     arguments.positive(epsilon=radius)
     images = np.asarray(images, np.float32)
+    # What is no pytree is a function, and no argument of a compiled one.
+    is_bare = jax.tree_util.all_leaves([model]) and not hasattr(model, "features")
+    model = classifier.wrap(model) if is_bare else model
+    if layer is None:
+        layer = "pre_logits" if "pre_logits" in features.names(model, images.shape) else features.LOGITS
     width = features.Layer(model, layer).width(images.shape)
     _check(attack, ball)
     inputs.check_values(model, images, np.zeros(len(images), np.int32))
+    inputs.check_once(model, images)
     seen = features.Layer(classifier.in_float32(model), layer)
     classes = evaluation.count_classes(model, images.shape)
     inner = min(999, max(1, width // 2)) if inner is None else inner
@@ -156,7 +164,7 @@ def planted(
         weights, bias = head(features.extract(seen, known, batch=batch))
         broken = Planted(seen.model, jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32), layer, classes)
         label = jnp.zeros(1, jnp.int32)
-        result = bounded(broken, attacked[None], image[None], label)
+        result = skeleton.carry_out(bounded, broken, attacked[None], jnp.asarray(image[None]), label)
         distance = float(ball.measure(jnp.asarray(far - image))[0])
         guesses = _points(ball, places[2], image, radius, points, True)
         there = _predicted(broken, image[None])[0] == 0 and _predicted(broken, far)[0] == 1

@@ -177,12 +177,17 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
 
         Returns:
           The result, after `evaluations` steps of the whole batch and its judgement.
+
+        Raises:
+          errors.UserError: outside of a compiled function, what `attacks.check_inputs` refuses, before the first step, where a
+            model that passed once is not looked at again; a loss that is not finite, after the last.
         """
         inputs.check_arrays(keys, images, labels)
         inputs.check_values(model, images, labels)
-        state = start(self, keys, images, labels)
-        state = loops.repeat(advance, state, self.evaluations, self, model)
-        return finish(self, model, state)
+        inputs.check_once(model, images)
+        result = carry_out(self, model, keys, images, labels)
+        inputs.check_losses(result.loss)
+        return result
 
     def finish(self, model: Model, state: State) -> AttackResult:
         """Judges the images that the attack returns by the model in float32. `judge_passes` forward passes."""
@@ -207,6 +212,13 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
     def achieves(self, logits: jax.Array, labels: jax.Array) -> Bool[Array, " batch"]:
         """Whether the prediction is what the attack wants."""
         return self.goal.achieved(jnp.argmax(logits, axis=-1), labels)
+
+
+def carry_out(attack: Attack, model: Model, keys: jax.Array, images: jax.Array, labels: jax.Array) -> AttackResult:
+    """`attack(model, keys, images, labels)` without a look at what it is given."""
+    state = start(attack, keys, images, labels)
+    state = loops.repeat(advance, state, attack.evaluations, attack, model)
+    return finish(attack, model, state)
 
 
 class Climb(Attack, kw_only=True):

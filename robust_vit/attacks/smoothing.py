@@ -116,7 +116,8 @@ def certify(
       mesh: devices that share the images, or None for JAX's default device.
 
     Raises:
-      errors.UserError: settings out of range, a model that draws, logits that are not finite.
+      errors.UserError: settings out of range, a model that draws or that `check_inputs` refuses, before the first vote; logits
+        that are not finite under noise, after the last.
     """
     arguments.counts(selection=selection, estimation=estimation, chunk=chunk)
     arguments.positive(sigma=sigma)
@@ -228,6 +229,7 @@ def _count(
         )
     images = np.asarray(images, np.float32)
     inputs.check_values(model, images, np.zeros(len(images), np.int32))
+    inputs.check_once(model, images, mesh=mesh)
     rows = np.asarray(np.arange(len(images)) if rows is None else rows, np.uint32)
     placed, rows = meshes.put_global(mesh, (images, rows))
     state = _no_votes(placed, evaluation.count_classes(model, images.shape))

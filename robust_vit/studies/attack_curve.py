@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib import figure as matplotlib_figure
 
 from robust_vit import attacks, errors, programs, tables
-from robust_vit.attacks import norms
+from robust_vit.attacks import arguments, norms
 from robust_vit.metrics import classification, statistics
 from robust_vit.studies import attack_entries, attack_figures, attack_guards, forward, study
 
@@ -27,9 +28,9 @@ class AttackCurve(study.Study):
     (robust accuracy, not success rate). Success is judged again in float32 on the returned image (`robust_vit.attacks`).
 
     Guards (Carlini et al. 2019, arXiv 1902.06705; Croce & Hein 2020, arXiv 2003.01690; Pintor et al. 2022, arXiv
-    2106.09947): raw accuracy that rises with epsilon; gradients
-    followed with less success than FGSM has in one step; gradients that vanish; an attack without a
-    bound that leaves the model right; a forward pass that is not deterministic; images outside the ball or outside [0, 1].
+    2106.09947): raw accuracy that rises with epsilon beyond chance (any rise is noted, with its number of images); gradients
+    followed with less success than FGSM has in one step; gradients that vanish; an attack without a bound that leaves the model
+    right on any image; a forward pass that is not deterministic; images outside the ball or outside [0, 1].
     Each is a warning, not an error: the numbers are upper bounds of the robust accuracy in any case.
 
     Attributes:
@@ -94,16 +95,21 @@ class AttackCurve(study.Study):
         return forward.not_differentiable(subject)
 
     def conditions(self, subject: study.Subject) -> tuple[Any, float, np.ndarray]:
-        """The norm, the epsilon that the study turns on, and the curve's epsilons without zero."""
+        """The norm, the epsilon that the study turns on, and the curve's epsilons without zero.
+
+        Raises:
+          errors.UserError: epsilons that are no radii of this norm (8 in place of 8/255).
+        """
         name = self.threat or subject.threat
         threat = attacks.threat(name) if name is not None else None
-        norm = threat.norm if threat is not None else attacks.NORMS[self.norm]
+        norm = threat.norm if threat is not None else norms.find(self.norm)
         if self.epsilons is not None:
             curve = np.asarray([attack_entries.fraction(size) for size in self.epsilons])
+            arguments.ball(curve, norm, None)
         else:
             curve = np.asarray(self.multiples) * threat.epsilon
-        if norm.name == "linf":
-            curve = np.unique(np.minimum(curve, 1.0))
+            # All balls of radius 1 and more are the whole box.
+            curve = np.unique(np.minimum(curve, 1.0)) if norm is norms.LINF else curve
         center = threat.epsilon if threat is not None else float(curve[len(curve) // 2])
         return norm, float(curve[np.argmin(np.abs(curve - center))]), curve
 
@@ -211,7 +217,7 @@ class AttackCurve(study.Study):
                 for i, size in enumerate(curve)
             ]
         guards = attack_guards.check(records, self.entries, curve, unbounded=self.unbounded)
-        caveats = [guard["detail"] for guard in guards.values() if guard["fired"]]
+        caveats = [guard["detail"] for guard in guards.values() if guard["fired"] or guard["noted"]]
         names, labels = records["exhibit/class_names"], records["label"]
         if len(np.unique(labels)) < len(names):
             caveats.append(f"The {count} images show {len(np.unique(labels))} of {len(names)} classes.")
@@ -252,24 +258,29 @@ class AttackCurve(study.Study):
         return {f"robust accuracy ({attack_figures.budget(summary)})": study.number(_at(summary, "worst case"), ".1%")}
 
     def tables(self, findings: Mapping[str, study.Finding]) -> dict[str, tables.Table]:
-        """One row a run and attack, one column an epsilon."""
+        """One row a run and attack, two columns an epsilon: the envelope and, beside it, the raw accuracy."""
         sizes = sorted({size for finding in findings.values() for size in finding.summary["epsilons"]})
         rows = []
         for run, finding in findings.items():
             curves = finding.summary["curves"]
             for attack in (*filter(curves.get, self.attacks), "worst case"):
                 by_size = {point["epsilon"]: point for point in curves[attack]}
-                cells = [study.number(by_size.get(size), ".1%") for size in sizes]
+                cells = []
+                for point in map(by_size.get, sizes):
+                    raw = tables.Number(point["raw"], format=".1%") if point else None
+                    cells += [study.number(point, ".1%"), raw]
                 rows.append((run, attack, study.number(finding.summary["clean"], ".1%"), *cells))
         norm = next(iter(findings.values())).summary["norm"] if findings else ""
+        texts = [attack_figures.size_text(size) for size in sizes]
         budget = "".join(f"; {key}={value}" for key, value in self._defaults().items() if value is not None)
         return {
             "attack_curve": tables.Table(
                 "Robust accuracy by epsilon",
-                ("run", "attack", "clean", *(f"ε = {attack_figures.size_text(size)}" for size in sizes)),
+                ("run", "attack", "clean", *itertools.chain(*((f"ε = {text}", f"raw, {text}") for text in texts))),
                 rows,
                 f"{norm} ball in pixel units [0, 1]{budget}; an image counts as broken at ε if an attack broke it at any size "
-                "up to ε, or if it is misclassified as it is. 95 % Clopper-Pearson intervals over images.",
+                "up to ε, or if it is misclassified as it is; raw: if the run at ε alone broke it. 95 % Clopper-Pearson "
+                "intervals over images.",
             )
         }
 

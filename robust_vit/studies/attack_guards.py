@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from robust_vit.attacks import guards
 from robust_vit.metrics import statistics
 from robust_vit.studies import attack_entries
-
-_FIRED = 0.01  # A guard that compares two accuracies fires below this p-value.
 
 
 def check(
@@ -21,7 +20,7 @@ def check(
     *,
     unbounded: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Every guard by name: whether it fired, and what that means in a sentence.
+    """Every guard by name: whether it fired, what was seen in a sentence, and whether that is of note though it did not fire.
 
     Args:
       records: with the columns of `attack_entries.columns` as `success/<attack>` and so on.
@@ -29,25 +28,14 @@ def check(
       sizes: the epsilons of the first columns.
       unbounded: whether one more column is of attacks without a bound.
     """
-    guards: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
 
-    def guard(name: str, fired: bool, detail: str) -> None:
-        guards[name] = {"fired": bool(fired), "detail": detail}
+    def guard(name: str, fired: bool, detail: str, noted: bool = False) -> None:
+        found[name] = {"fired": bool(fired), "noted": bool(noted), "detail": detail}
 
     success = {entry.text: records[f"success/{entry.text}"] for entry in entries}
     for entry in entries:
-        raw = success[entry.text]
-        falls = [
-            pair for pair in itertools.combinations(range(len(sizes)), 2) if _fewer(raw[:, pair[1]], raw[:, pair[0]])
-        ]
-        guard(
-            f"monotone/{entry.text}",
-            bool(falls),
-            f"{entry.label} breaks fewer images at epsilon {sizes[falls[0][1]]:.4g} than at {sizes[falls[0][0]]:.4g}: the "
-            "gradient misleads it there (masking, or steps too long); read the envelope, and attack by other means."
-            if falls
-            else f"the raw accuracy under {entry.label} does not rise with epsilon",
-        )
+        guard(f"monotone/{entry.text}", *_monotone(entry.label, success[entry.text], sizes))
     weaker = list(_weaker_than_one_step(records, entries, success, len(sizes)))
     if any(entry.name == "fgsm" for entry in entries) and len(entries) > 1:
         guard(
@@ -76,7 +64,7 @@ def check(
         left = float(1.0 - np.logical_or.reduce(list(success.values()))[:, -1].mean())
         guard(
             "unbounded",
-            left > 0.05,
+            left > 0,
             f"Without any bound the attacks leave {left:.1%} of the images right, where they should leave none: they "
             "are too weak for this model, so its robustness is overstated.",
         )
@@ -85,7 +73,24 @@ def check(
         not records["exhibit/deterministic"][0],
         "Two forward passes of the same images differ: a randomised model needs attacks that average over its draws.",
     )
-    return guards
+    return found
+
+
+def _monotone(label: str, raw: np.ndarray, sizes: np.ndarray) -> tuple[bool, str, bool]:
+    """Whether the raw curve falls beyond chance, by how many images it falls at all, and whether it does."""
+    falls = guards.falls({float(size): raw[:, column] for column, size in enumerate(sizes)})
+    if not falls:
+        return False, f"the raw accuracy under {label} does not rise with epsilon", False
+    worst = falls[0]
+    detail = (
+        f"{label} breaks {worst.images} fewer of {len(raw)} images at epsilon {worst.large:.4g} than at {worst.small:.4g}: "
+        + (
+            "the gradient misleads it there (masking, or steps too long); read the envelope, and attack by other means."
+            if worst.is_significant
+            else f"no more than chance (p = {worst.p_value:.2g}); the envelope counts them as broken."
+        )
+    )
+    return worst.is_significant, detail, True
 
 
 def _weaker_than_one_step(records, entries, success, count):
@@ -101,4 +106,4 @@ def _weaker_than_one_step(records, entries, success, count):
 def _fewer(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether `first` succeeds on fewer images than `second`, beyond chance."""
     test = statistics.mcnemar(second, first)
-    return test.statistic < 0 and test.p_value < _FIRED
+    return test.statistic < 0 and test.p_value < guards.CHANCE

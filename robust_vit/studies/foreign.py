@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from robust_vit import classifier as classifiers
 from robust_vit import data, errors
+from robust_vit.attacks import inputs
 from robust_vit.studies import study
 
 
@@ -33,7 +33,7 @@ def subject(
     label_smoothing: float = 0.0,
     seed: int = 0,
 ) -> study.Subject:
-    """A `Subject` of a foreign model, after a look at everything that makes numbers silently wrong. Two forward passes.
+    """A `Subject` of a foreign model, after a look at everything that makes numbers silently wrong. Three forward passes.
 
     Arguments and errors are those of `robust_vit.evaluate.report_card`.
     """
@@ -69,11 +69,6 @@ def subject(
         label_smoothing=label_smoothing,
         seed=seed,
     )
-
-
-@jax.jit
-def _logits(judged: classifiers.Classifier | classifiers.Wrapped, images: jax.Array) -> jax.Array:
-    return judged(images)
 
 
 def _as_classifier(model: Any, variables: Any) -> classifiers.Classifier | classifiers.Wrapped:
@@ -131,10 +126,10 @@ def _class_names(given: tuple[str, ...] | None, source: Any, num_classes: int) -
 
 
 def _check_model(judged: classifiers.Classifier | classifiers.Wrapped, batch: Mapping[str, Any]) -> int:
-    """Runs one batch twice and returns the number of classes; a `UserError` for what no study could be right about."""
-    images = jnp.asarray(batch["image"])
+    """The number of classes; a `UserError` for what no study could be right about."""
+    images = np.asarray(batch["image"])[np.asarray(batch["mask"], bool)]
     try:
-        logits, again = (np.asarray(_logits(judged, images)) for _ in range(2))
+        return inputs.check_model(judged, images)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
         raise errors.UserError(
             "the model is no JAX function (it turns its images into NumPy or Python numbers): write it with jax.numpy, "
@@ -143,21 +138,3 @@ def _check_model(judged: classifiers.Classifier | classifiers.Wrapped, batch: Ma
     except (TypeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise errors.UserError(f"the model fails on images of shape {images.shape}: {first}") from error
-    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-        raise errors.UserError(
-            f"the model gives shape {logits.shape} for {len(images)} images: expected [{len(images)}, classes]."
-        )
-    if not np.isfinite(logits).all():
-        raise errors.UserError(
-            "the model gives NaN or infinite logits on the first batch: look at its normalisation and at logarithms of 0."
-        )
-    if not np.array_equal(logits, again):
-        raise errors.UserError(
-            "the model gives different logits for the same images: switch off dropout and other randomness."
-        )
-    if logits.min() >= 0 and np.allclose(logits.sum(-1), 1, atol=1e-3):
-        raise errors.UserError(
-            "the model gives probabilities (rows in [0, 1] with sum 1): return the logits before the softmax, for attacks "
-            "and calibration need them."
-        )
-    return logits.shape[1]

@@ -1,4 +1,4 @@
-"""Models that fool attacks, each in one way, and a healthy one beside them: two dozen pixels and three classes.
+"""Models that fool attacks, each in one way, and a healthy one beside them: two dozen pixels and five classes.
 
 A defect is a number among the variables, so all of them share one compilation.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from robust_vit import classifier
 
 SHAPE = (3, 3, 2)
-CLASSES = 3
+CLASSES = 5
 EPSILON = 0.03
 _GENERATOR = np.random.default_rng(0)
 
@@ -31,12 +31,43 @@ DEFECTS = {
     "periodic": "classes alternate along the gradient: a long step jumps over what a short one meets",
     "batch_normed": "logits less their mean over the batch: a model in training mode",
     "not_finite": "NaN where the first pixel is dark",
+    "deaf": "no gradient of a loss that reads so many of the logits",
+    "choked": "a gradient that is not finite of a loss that reads so many of the logits",
 }
+# How many of the logits a loss reads: the size of the defects that only this loss meets.
+READS = {"margin": 2, "dlr": 3, "targeted_dlr": 4, "cross_entropy": CLASSES}
 
 
 def _noise(logits):
     # The same on every logit of an image: the answers differ, the predictions never do, so that no other guard has a part.
     return np.broadcast_to(_GENERATOR.normal(size=(len(logits), 1)), logits.shape).astype(np.float32)
+
+
+@jax.custom_vjp
+def _lose(logits, deaf, choked):
+    """The logits; backwards, nothing of a loss that reads `deaf` of them, and NaN of one that reads `choked`."""
+    del deaf, choked
+    return logits
+
+
+def _keep(logits, deaf, choked):
+    return logits, (deaf, choked)
+
+
+def _drop(kept, cotangents):
+    read = jnp.sum(cotangents != 0, axis=1, keepdims=True)
+    lost = jnp.where(read == kept[0], 0.0, jnp.where(read == kept[1], jnp.nan, 1.0))
+    return lost * cotangents, jnp.zeros_like(kept[0]), jnp.zeros_like(kept[1])
+
+
+_lose.defvjp(_keep, _drop)
+
+
+def _columns(*columns):
+    """Logits of these columns, and of classes that are never the largest."""
+    first = jnp.stack(columns, axis=1)
+    rest = jnp.min(first, axis=1, keepdims=True) - 4.0 * jnp.arange(1.0, CLASSES - len(columns) + 1)[None]
+    return jnp.concatenate([first, rest], axis=1)
 
 
 def apply(variables, images):
@@ -53,21 +84,22 @@ def apply(variables, images):
         on["exploding"], jnp.sqrt(jnp.where(on["exploding"], jnp.maximum(first - 2.0, 0.0), 1.0)), 0.0
     )
     total = jnp.sum(x, axis=(1, 2, 3))
-    ripple = jnp.stack([jnp.sin(700.0 * total), -jnp.sin(700.0 * total), 0.0 * total], axis=1)
+    ripple = jnp.pad(jnp.stack([jnp.sin(700.0 * total), -jnp.sin(700.0 * total)], axis=1), ((0, 0), (0, CLASSES - 2)))
     logits = logits + 1.5 * variables["shattered"] * ripple
     wave = jnp.cos(
         variables["periodic"] * jnp.sum((x - 0.5) * jnp.sign(variables["u"][:, 0]).reshape(1, *SHAPE), axis=(1, 2, 3))
     )
-    logits = jnp.where(on["periodic"], jnp.stack([wave, -wave, 0.0 * wave - 3.0], axis=1), logits)
+    logits = jnp.where(on["periodic"], _columns(wave, -wave, 0.0 * wave - 3.0), logits)
     mean = jnp.mean(x, axis=(1, 2, 3))
-    logits = jnp.where(on["unbreakable"], jnp.stack([1.0 + jax.nn.softplus(mean), 0.0 * mean, -mean], axis=1), logits)
-    logits = jnp.where(on["constant"], jnp.asarray([[1.0, 0.0, -1.0]]), logits)
+    logits = jnp.where(on["unbreakable"], _columns(1.0 + jax.nn.softplus(mean), 0.0 * mean, -mean), logits)
+    logits = jnp.where(on["constant"], 1.0 - jnp.arange(CLASSES)[None], logits)
     logits = logits * jnp.where(on["saturated"], 1e4, 1.0)
     logits = jnp.where(on["not_finite"], logits * jnp.log(jnp.where(on["not_finite"], first - 0.4, 1.0)), logits)
     logits = logits - variables["batch_normed"] * jnp.mean(logits, axis=0, keepdims=True)
     noise = jax.pure_callback(_noise, jax.ShapeDtypeStruct(logits.shape, logits.dtype), stop(logits))
     logits = logits + variables["stochastic"] * stop(noise)
-    return jnp.where(on["probabilities"], jax.nn.softmax(logits), logits)
+    logits = jnp.where(on["probabilities"], jax.nn.softmax(logits), logits)
+    return _lose(logits, variables["deaf"], variables["choked"])
 
 
 apply.traces = 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import broken_models
+import closed_forms
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from robust_vit import attacks, errors
-from robust_vit.attacks import checks, gradient, guards, skeleton
+from robust_vit.attacks import apgd, checks, gradient, guards
 
 EPSILON = broken_models.EPSILON
 
@@ -45,15 +47,14 @@ def _check(defects, **options):
         model,
         images,
         broken_models.labels(model, images),
-        epsilon=EPSILON,
-        **{"neighbours": 30, "queries": 300, **options},
+        **{"epsilon": EPSILON, "neighbours": 30, "queries": 300, **options},
     )
 
 
 BROKEN = {
     "stochastic": (1e-2, {"stochastic"}),
     "probabilities": (1.0, {"probabilities"}),
-    "shattered": (1.0, {"unstable loss"}),
+    "shattered": (2.0, {"unstable loss"}),
     "saturated": (1.0, {"gradient/cross_entropy"}),
     "unbreakable": (1.0, {"unbounded"}),
     # Where no gradient is left at all, an attack without a bound cannot succeed either, and one without gradients may.
@@ -91,14 +92,63 @@ def test_a_broken_model_trips_exactly_its_guard(name):
     options = {"white_box": {"pgd": shrinking}} if name == "shattered" else {}
     fired = set(_check({name: size}, **options).fired)
     if "gradient/*" in expected:
-        expected = expected - {"gradient/*"} | {f"gradient/{loss}" for loss in skeleton.LOSSES}
+        expected = expected - {"gradient/*"} | {f"gradient/{loss}" for loss in guards.LOSSES}
     assert fired == expected
+
+
+@pytest.mark.parametrize("loss", guards.LOSSES)
+@pytest.mark.parametrize("defect", ["deaf", "choked"])
+def test_a_gradient_that_one_loss_lacks_is_told_of_this_loss_alone(defect, loss):
+    assert _check({defect: broken_models.READS[loss]}).fired == (f"gradient/{loss}",)
+
+
+def test_the_larger_balls_that_auto_pgd_comes_from_are_not_its_own():
+    """In L1 it walks in balls of three and two epsilon, where it meets adversarial images that are none in the ball."""
+    model = closed_forms.model(3, (4, 4, 2), 5)
+    images = np.random.default_rng(1).uniform(size=(24, 4, 4, 2)).astype(np.float32)
+    labels = np.asarray(model(jnp.asarray(images))).argmax(axis=1).astype(np.int32)
+    epsilon = float(np.median(closed_forms.distances("l1", model, images, labels)))
+    attack = apgd.apgd_ce(epsilon=epsilon, norm="l1", steps=30)
+    keys = attacks.example_keys(0, np.arange(24))
+    path = checks.follow(attack, model, keys, jnp.asarray(images), jnp.asarray(labels))
+    right = np.ones(24, bool)
+    assert not path.inside.all()
+    assert not guards.silent("apgd", path, right).fired
+    # What is met on the way, in whatever ball, is more than what is returned.
+    outside = dataclasses.replace(path, adversarial=path.margins > 0)
+    assert guards.silent("apgd", outside, right).fired
+    # And no margin outside of the ball counts as progress.
+    assert not np.asarray(path.result.success).all()
+    assert (
+        checks.check(model, images, labels, epsilon=epsilon, norm="l1", white_box={"apgd": attack}, neighbours=5).fired
+        == ()
+    )
 
 
 def test_a_black_box_that_beats_the_white_boxes_is_told():
     report = _check({"half_masked": 1.0})
     assert report.fired == ("black box/square",)
     assert report.accuracies["square"].value < report.accuracies["pgd margin"].value - guards.WEAKER
+
+
+def test_in_l1_the_black_box_estimates_gradients():
+    report = _check({"quantised": 1.0}, epsilon=0.25, norm="l1")
+    assert "black box/nes" in report.fired
+    assert report.accuracies["nes"].value < 0.5
+    assert _check({}, epsilon=0.25, norm="l1").fired == ()
+
+
+def test_a_fall_within_chance_is_told_with_its_images():
+    small = np.arange(40) < 12
+    hit = {0.5: small, 1.0: small, 2.0: small & (np.arange(40) >= 3)}
+    (first, second) = guards.falls(hit)
+    assert (first.small, second.small, first.large, first.images) == (0.5, 1.0, 2.0, 3)
+    assert first.p_value == pytest.approx(0.25)  # Three images of one sign: twice an eighth.
+    guard = guards.rising("pgd", hit)
+    assert not guard.fired
+    assert guard.detail.startswith("3 fewer images break at 2 epsilon")
+    assert guards.rising("pgd", {1.0: small, 2.0: small & (np.arange(40) >= 9)}).fired
+    assert guards.falls({1.0: small, 2.0: ~small}) == []
 
 
 def test_accuracy_that_rises_with_epsilon_is_told():
@@ -175,6 +225,6 @@ def test_a_second_model_compiles_nothing():
 )
 def test_what_no_guard_could_be_right_about_is_refused(change, message):
     model, images = broken_models.build(**change.get("defects", {})), broken_models.images()
-    labels = (broken_models.labels(broken_models.build(), images) + change.get("shift", 0)) % 3
+    labels = (broken_models.labels(broken_models.build(), images) + change.get("shift", 0)) % broken_models.CLASSES
     with pytest.raises(errors.UserError, match=message):
         checks.check(model, change.get("scale", 1.0) * images, labels, epsilon=change.get("epsilon", EPSILON))

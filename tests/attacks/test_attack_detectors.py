@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,88 @@ def test_an_attack_that_knows_the_detector_evades_it(model):
     assert np.mean(np.asarray(unaware).argmax(axis=1) == 2) > 0.95
 
 
+# Measured areas of the plain and the adaptive attack: 1.000 and 0.369; 0.995 and 0.597; 0.899 and 0.165.
+ADAPTIVE = {
+    "mahalanobis": ({}, 0.99, 0.5),
+    "local_dimension": ({"neighbours": 100}, 0.98, 0.7),
+    "squeezing": ({"bits": 4}, 0.85, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", detectors.DETECTORS)
+def test_every_detector_is_scored_against_attacks_that_know_of_it(model, name):
+    options, least, most = ADAPTIVE[name]
+    detector = detectors.fit(name, model, *clean(400, 0), **options)
+    images, labels = clean(150, 1)
+    found = attacks.evaluate_detector(detector, images, labels, epsilon=0.06, steps=40, rows=np.arange(150) + 7)
+    right = np.asarray(model(jnp.asarray(images))).argmax(axis=1) == labels
+    np.testing.assert_array_equal(found.row, np.flatnonzero(right) + 7)
+    np.testing.assert_array_equal(found.label, labels[right])
+    np.testing.assert_allclose(found.clean, scored(detector, images[right]), rtol=1e-4)
+    assert found.misled.all()
+    assert found.area("plain").value > least
+    assert found.area("adaptive").value < most
+    # Who knows of the detector knows the plain attack too.
+    assert (found.adaptive <= found.plain).all()
+    # The numbers are those of the rows.
+    area = ranking.auroc(found.clean, found.adaptive[found.misled[:, 1]])
+    assert found.area("adaptive") == area
+    evaded = found.misled[:, 1] & (found.adaptive <= found.threshold)
+    assert found.evaded("adaptive").value == evaded.mean() > 0.6
+    assert np.mean(found.clean > found.threshold) <= 0.05
+    assert set(found.records()) >= {"row", "label", "clean", "plain", "adaptive", "misled"}
+    assert [row[:2] for row in found.table(name).rows] == [(name, "plain"), (name, "adaptive")]
+
+
+def test_a_detector_of_a_model_that_misleads_nobody_has_no_area():
+    found = attacks.DetectorResult(
+        row=np.arange(3),
+        label=np.zeros(3, int),
+        clean=np.asarray([0.0, 1.0, 2.0]),
+        plain=np.asarray([3.0, 0.5, 9.0]),
+        adaptive=np.zeros(3),
+        misled=np.asarray([[True, False], [False, False], [True, False]]),
+        threshold=2.0,
+        false_alarms=0.05,
+        forward_passes=np.ones(3, int),
+        backward_passes=np.ones(3, int),
+    )
+    assert found.area("plain").value == 1.0
+    assert found.area("adaptive") is None
+    assert found.evaded("plain").value == 0.0
+    assert str(found.table().rows[1][3]) == "None"
+    with pytest.raises(errors.UserError, match="did you mean 'adaptive'"):
+        found.area("adaptve")
+
+
+def test_a_half_precision_detector_is_judged_in_float32():
+    """The twin of a guarded model holds no half precision, in its detector neither."""
+    low, high = _half("bfloat16"), _half("float32")
+    images, labels = clean(40, 0)
+    detector = detectors.fit("mahalanobis", low, images, labels)
+    guarded = detectors.guard(detector, np.asarray(scored(detector, images)))
+    twin = classifier.in_float32(guarded)
+    assert twin.model.module.dtype == twin.detector.model.module.dtype == "float32"
+    np.testing.assert_array_equal(
+        twin(images), guarded.replace(model=high, detector=detector.replace(model=high))(images)
+    )
+    assert classifier.in_float32({"a": (low, 1.0), "b": [high]})["a"][0].module.dtype == "float32"
+
+
+class _Dense(nn.Module):
+    dtype: str
+
+    @nn.compact
+    def __call__(self, images, *, gates=None):
+        x = images.reshape(images.shape[0], -1)
+        return nn.Dense(2, dtype=self.dtype)(x).astype(jnp.float32), {"pre_logits": x.astype(self.dtype)}
+
+
+def _half(dtype):
+    spec = classifier.ImageSpec(SHAPE[:2], 2, mean=(0.5,), std=(0.5,))
+    return classifier.Classifier(_Dense(dtype).init(jax.random.key(0), jnp.zeros((1, *SHAPE))), _Dense(dtype), spec)
+
+
 def test_the_evasion_loss_is_positive_just_where_the_goal_is_reached():
     rng = np.random.default_rng(6)
     logits, excess = rng.normal(size=(500, 4)), rng.normal(size=500)
@@ -185,11 +268,24 @@ def test_the_evasion_loss_is_positive_just_where_the_goal_is_reached():
     np.testing.assert_array_equal(reached, (margin > 0) & (excess < 0))
 
 
+def test_stealth_rises_as_the_score_falls_once_the_class_is_won():
+    rng = np.random.default_rng(7)
+    logits, excess = rng.normal(size=(500, 4)), rng.normal(size=500)
+    outputs = np.concatenate([logits, logits.max(axis=1, keepdims=True) + excess[:, None]], 1).astype(np.float32)
+    labels = jnp.asarray(rng.integers(0, 4, 500), jnp.int32)
+    margin = np.asarray(losses.margin(jnp.asarray(logits, jnp.float32), labels))
+    found = np.asarray(detectors.stealth(jnp.asarray(outputs), labels))
+    np.testing.assert_allclose(found, np.where(margin > 0, -excess, margin - np.maximum(excess, 0.0)), atol=1e-5)
+    np.testing.assert_array_equal(found > 0, (margin > 0) & (excess < 0))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("mahalanobs", {}, "mahalanobis"),
         ("mahalanobis", {"labels": None}, "give labels"),
+        ("mahalanobis", {"labels": np.full(30, -1)}, "from -1 to -1"),
+        ("local_dimension", {"model": Flat(jnp.full(SIZE, jnp.nan))}, "NaN or infinite"),
         ("mahalanobis", {"layer": "prelogits"}, "pre_logits"),
         ("mahalanobis", {"model": classifier.wrap(lambda images: images[:, 0, 0])}, "names no features"),
         ("local_dimension", {"neighbours": 500}, "fewer neighbours"),

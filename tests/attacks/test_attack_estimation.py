@@ -87,7 +87,7 @@ def _flat(variables, images):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plateau_is_counted_and_nothing_moves(name):
     _, images, _, keys = _problem()
-    model = classifier.wrap(_flat, {"b": jnp.asarray([1.0, 0.0])})
+    model = classifier.wrap(_flat, {"b": jnp.asarray([2.0, 0.0])})
     result = attacks.build(name, epsilon=0.1, steps=5, samples=2)(model, keys, images, np.zeros(6, np.int32))
     np.testing.assert_array_equal(result.vanished, 5)
     np.testing.assert_array_equal(result.images, images)

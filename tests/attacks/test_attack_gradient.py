@@ -305,7 +305,7 @@ def test_keys_decide_the_start_and_only_of_their_own_example():
 
 
 def _constant(images):
-    return jnp.zeros((images.shape[0], 2)) + 0.0 * jnp.sum(images, axis=(1, 2, 3))[:, None] + jnp.array([[1.0, 0.0]])
+    return jnp.zeros((images.shape[0], 2)) + 0.0 * jnp.sum(images, axis=(1, 2, 3))[:, None] + jnp.array([[2.0, 0.0]])
 
 
 def _saturated(images):
@@ -315,7 +315,7 @@ def _saturated(images):
 def _root(images):
     return jnp.sqrt(
         jnp.stack([jnp.max(images, axis=(1, 2, 3)) - images[:, 0, 0, 0], images[:, 0, 0, 0] * 0], 1)
-    ) + jnp.array([[1.0, 0.0]])
+    ) + jnp.array([[2.0, 0.0]])
 
 
 @pytest.mark.parametrize("model", [_constant, _saturated, _root])
@@ -355,7 +355,8 @@ def test_new_numbers_and_new_weights_trace_nothing():
         _TRACES.clear()
         attacks.build("pgd", epsilon=epsilon, steps=4, random_start=False)(model, keys, images, labels)
         counts.append(len(_TRACES))
-    assert counts == [3, 0, 0]  # The step, the judging pass, and the look at how many logits there are.
+    # The step, the judging pass, the look at how many logits there are and the one at what they are.
+    assert counts == [4, 0, 0]
 
 
 def test_a_bfloat16_model_is_judged_in_float32():

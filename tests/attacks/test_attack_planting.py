@@ -88,6 +88,22 @@ def test_a_masked_gradient_fails():
     assert found.success.value == 0.0
 
 
+def _plain(images):
+    rows = jnp.arange(images[0].size * 12.0).reshape(-1, 12)
+    return jnp.tanh((images.reshape(images.shape[0], -1) - 0.5) @ jnp.sin(rows))
+
+
+def test_a_function_is_tested_on_its_logits():
+    """It names no features: the head reads the logits, of which there are enough for a few inner points."""
+    found = attacks.planted(_plain, _images(4), _attack(), epsilon=EPSILON, random_points=20)
+    wrapped = attacks.planted(classifier.wrap(_plain), _images(4), _attack(), epsilon=EPSILON, random_points=20)
+    assert found.planted.sum() == 3  # Of one image no head on so few logits tells the points apart.
+    assert found.success.value == 1.0
+    np.testing.assert_array_equal(wrapped.distance, found.distance)
+    lazy = Lazy(epsilon=np.float32(EPSILON), relative_step=np.float32(0.1), steps=30, random_start=False)
+    assert attacks.planted(_plain, _images(4), lazy, epsilon=EPSILON, random_points=20).success.value == 0.0
+
+
 def test_an_image_depends_on_its_row_alone():
     images, rows = _images(4), np.asarray([9, 2, 7, 4])
     options = {"epsilon": EPSILON, "random_points": 20}
@@ -128,8 +144,9 @@ def test_points_lie_where_they_should():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": lambda images: images[:, 0, 0]}, "without features"),
-        ({"model": classifier.wrap(lambda images: images[:, 0, 0])}, "pre_logits"),
+        ({"model": jax.tree_util.Partial(lambda images: images[:, 0, 0]), "layer": "pre_logits"}, "without features"),
+        ({"model": classifier.wrap(lambda images: images[:, 0, 0]), "layer": "pre_logits"}, "names no features"),
+        ({"model": lambda images: jax.nn.softmax(images[:, 0, 0])}, "before the softmax"),
         ({"layer": "prelogits"}, "did you mean 'pre_logits'"),
         ({"attack": attacks.build("fmn", norm="linf")}, "no ball"),
         ({"norm": "l2"}, "both in one norm"),

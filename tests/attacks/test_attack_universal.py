@@ -115,5 +115,8 @@ def test_mistakes_say_what_to_do():
     ):
         with pytest.raises(errors.UserError, match=message):
             attacks.fit_universal(model, batch, KEY, **options)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, model)
+    with pytest.raises(errors.UserError, match="NaN or infinite"):
+        attacks.fit_universal(broken, batch, KEY, epsilon=0.1)
     with pytest.raises(errors.UserError, match="no minimal attack"):
         universal.fit_greedy(model, batch, KEY, attack=attacks.build("pgd", epsilon=0.1), epsilon=0.1)

@@ -233,6 +233,46 @@ def test_a_curve_that_rises_slowly_is_told():
     assert not study.summarise(records)["guards"]["monotone/fgsm"]["fired"]
 
 
+def test_a_fall_within_chance_is_noted_with_its_images():
+    study = studies.build("attack_curve", attacks=("fgsm",), batch=32, examples=None, unbounded=False)
+    records = dict(study.run(make_two_class()[0]).records)
+    success = np.arange(96)[:, None] < np.asarray([[10, 30, 28, 40, 41]])
+    records["success/fgsm"] = success
+    summary = study.summarise(records)
+    guard = summary["guards"]["monotone/fgsm"]
+    assert (guard["fired"], guard["noted"]) == (False, True)
+    assert "breaks 2 fewer of 96 images" in guard["detail"]
+    assert guard["detail"] in summary["caveats"]
+    records["success/fgsm"] = np.sort(success, axis=1)
+    summary = study.summarise(records)
+    assert not summary["guards"]["monotone/fgsm"]["noted"]
+    assert not any("fewer" in caveat for caveat in summary["caveats"])
+
+
+def test_the_raw_accuracy_stands_beside_the_envelope():
+    study = studies.build("attack_curve", attacks=("fgsm",), batch=32, examples=None, unbounded=False)
+    finding = study.run(make_two_class()[0])
+    records = {**finding.records, "success/fgsm": np.arange(96)[:, None] < np.asarray([[12, 48, 24, 60, 96]])}
+    finding = dataclasses.replace(finding, records=records, summary=study.summarise(records))
+    table = study.tables({"a": finding})["attack_curve"]
+    assert len(table.columns) == len(table.rows[0]) == 3 + 2 * 5
+    cells = dict(zip(table.columns, table.rows[0], strict=True))
+    envelope, raw = ([cell.value for name, cell in cells.items() if name.startswith(start)] for start in ("ε", "raw"))
+    np.testing.assert_allclose(envelope, [0.875, 0.5, 0.5, 0.375, 0.0])
+    np.testing.assert_allclose(raw, [0.875, 0.5, 0.75, 0.375, 0.0])
+
+
+def test_epsilons_in_255ths_are_refused():
+    for sizes in ((2, 8), (0.01, 0.02, 8)):  # One of them is enough, whatever the study turns on.
+        with pytest.raises(errors.UserError, match="8/255, not 8"):
+            studies.build("attack_curve", epsilons=sizes).applicable(make_two_class()[0])
+    l2 = dataclasses.replace(make_subject(), threat="cifar10/l2-0.5")
+    assert studies.build("attack_curve", epsilons=(2, 8)).applicable(l2) is None
+    # A multiple of a threat that leaves the box is the box.
+    wide = dataclasses.replace(make_subject(), threat="noise/linf-0.6")
+    assert studies.build("attack_curve", multiples=(1.0, 2.0, 4.0)).conditions(wide)[2].tolist() == [0.6, 1.0]
+
+
 def test_fractions_are_read():
     study = studies.build("attack_curve", epsilons=["2/255", "8/255"])
     _, center, curve = study.conditions(dataclasses.replace(make_subject(), threat="cifar10/linf-8"))
