@@ -31,7 +31,8 @@ class AutoAttack(study.Study):
     Attributes:
       version: `standard`, `plus`, or `rand` for a stochastic model.
       threat: the threat model's name, or None for the subject's.
-      examples: how many test images, the first in the order of the data set, or None for all.
+      examples: how many test images, the first in the order of the data set; None is the threat's number
+        (`robust_vit.attacks.ThreatModel`), or all where it names none.
       together: images of a chunk: what a killed study computes again at most.
       batch: images a compiled step at most; a finished one gives its slot to the next of the chunk; or "auto".
     """
@@ -49,7 +50,7 @@ class AutoAttack(study.Study):
 
     version: str = "standard"
     threat: str | None = None
-    examples: int | None = 128
+    examples: int | None = None
     together: int = 256
     batch: int | str = 64
 
@@ -78,7 +79,7 @@ class AutoAttack(study.Study):
         return attacks.threat(self.threat or subject.threat)
 
     def _stream(self, subject: study.Subject) -> Any:
-        return subject.test.with_batch(self.together, limit=self.examples)
+        return subject.test.with_batch(self.together, limit=self.limit(subject))
 
     def _members(self, subject: study.Subject) -> dict[str, attacks.Attack]:
         threat = self._threat(subject)
