@@ -21,6 +21,7 @@ ATTACKS = {
     "PGD-40": ("pgd", {"epsilon": 0.01, "steps": 40, "relative_step": 0.1}),
     "APGD-CE-100": ("apgd_ce", {"epsilon": 0.01, "steps": 100}),
     "FMN-100": ("fmn", {"norm": "linf", "steps": 100}),
+    "FMN-100 as published": ("fmn", {"norm": "linf", "steps": 100, "loss": "margin"}),
     "FMN-100 on the cross-entropy": ("fmn", {"norm": "linf", "steps": 100, "loss": "cross_entropy"}),
 }
 LEVELS = (0.5, 1.0, 1.5, 2.0, 4.0, 8.0)
