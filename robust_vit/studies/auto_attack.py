@@ -271,6 +271,30 @@ class AutoAttack(study.Study):
         keys = ("threat", "norm", "epsilon", "clean", "robust", "after", "guards")
         return {**super().card(finding), "version": self.version, **{key: finding.summary[key] for key in keys}}
 
+    def entry(self, finding: study.Finding, **about: Any) -> dict[str, Any]:
+        """The model as an entry of RobustBench."""
+        records, summary, circumstances = finding.records, finding.summary, finding.provenance
+        names = [str(name) for name in records["exhibit/attacks"]]
+        forward_passes, backward_passes = (
+            sum(int(records[f"{field}/{name}"].sum(dtype=np.int64)) for name in names) for field in _PASSES
+        )
+        return attacks.card(
+            threat=summary["threat"],
+            correct=records["correct"],
+            broken={name: records[f"success/{name}"] for name in names},
+            attempted={name: records[f"attempted/{name}"] for name in names},
+            suite=f"AutoAttack {self.version}",
+            forward_passes=forward_passes,
+            backward_passes=backward_passes,
+            seconds=circumstances.get("wall_seconds"),
+            guards=summary["guards"],
+            versions=circumstances.get("versions"),
+            backend=circumstances.get("hardware", {}).get("platform"),
+            subset=f"the first {summary['examples']} test images in the order of the data set",
+            notes=[str(note) for note in records["exhibit/notes"]],
+            **about,
+        )
+
 
 def _budget(summary: Mapping[str, Any]) -> str:
     return f"{attack_figures.NORMS.get(summary['norm'], summary['norm'])}, ε = {attack_figures.size_text(summary['epsilon'])}"

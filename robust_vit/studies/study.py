@@ -277,6 +277,16 @@ class Study:
             "caveats": list(finding.summary.get("caveats", ())),
         }
 
+    def entry(self, finding: Finding, **about: Any) -> dict[str, Any] | None:
+        """The model's entry in a leaderboard of robust accuracies (`robust_vit.attacks.card`); None of most studies.
+
+        Args:
+          finding: with its provenance.
+          **about: what the study does not know: `name`, `architecture`, `seed`.
+        """
+        del finding, about
+        return None
+
     def run(self, subject: Subject) -> Finding:
         """All chunks, in memory, summarised. `robust_vit.evaluate` does the same on disk and survives being killed."""
         reason = self.applicable(subject)
