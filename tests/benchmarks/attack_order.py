@@ -71,23 +71,17 @@ def main() -> None:
     for label, (name, options) in ATTACKS.items():
         left = standing(attacks.build(name, **options), subject, np.asarray(LEVELS) / 255, flags.images)
         print(f"| {label} | " + " | ".join(f"{100 * share:.2f}" for share in left) + " |", flush=True)
-    print(
-        f"\n| median distance (farther than the nearest by 1 %) | {' | '.join(NORMS)} |\n|---"
-        + "|---" * len(NORMS)
-        + "|"
-    )
     minimal = {label: entry for label, entry in ATTACKS.items() if entry[0] == "fmn"}
-    cells: dict[str, list[str]] = {label: [] for label in minimal}
+    print(f"\n| median distance (farther than the nearest by 1 %) | {' | '.join(minimal)} |")
+    print("|---" * (len(minimal) + 1) + "|", flush=True)
     for norm in NORMS:
-        found = {
-            label: distances(attacks.build(name, **{**options, "norm": norm}), subject, flags.images)
-            for label, (name, options) in minimal.items()
-        }
-        nearest = np.min(list(found.values()), axis=0)
-        for label, sizes in found.items():
-            cells[label].append(f"{np.median(sizes):.4g} ({np.sum(sizes > 1.01 * nearest)})")
-    for label, row in cells.items():
-        print(f"| {label} | " + " | ".join(row) + " |")
+        found = [
+            distances(attacks.build(name, **{**options, "norm": norm}), subject, flags.images)
+            for name, options in minimal.values()
+        ]
+        nearest = np.min(found, axis=0)
+        cells = (f"{np.median(sizes):.4g} ({np.sum(sizes > 1.01 * nearest)})" for sizes in found)
+        print(f"| {norm} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
