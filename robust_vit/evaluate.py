@@ -131,7 +131,7 @@ def build_studies(asked: Mapping[str, Any] | Iterable[str] | None = None) -> dic
 
     Args:
       asked: label -> a study, or its options as a mapping (`name` among them where the label is not a study's name); or
-        names alone; None is `studies.STANDARD` with their defaults.
+        names alone, each with its defaults; None is `studies.STANDARD`.
     """
     if asked is None:
         asked = studies.STANDARD

@@ -241,7 +241,8 @@ def test_build_studies():
     assert built["again"].name == "accuracy"
     assert built["mine"] == Tiny()
     assert list(evaluate.build_studies(["accuracy"])) == list(evaluate.build_studies("accuracy")) == ["accuracy"]
-    assert tuple(evaluate.build_studies()) == studies.STANDARD
+    assert list(evaluate.build_studies()) == list(studies.STANDARD)
+    assert evaluate.build_studies()["attack_curve"].examples == 256
     with pytest.raises(errors.UserError, match="did you mean 'accuracy'"):
         evaluate.build_studies(["acuracy"])
 

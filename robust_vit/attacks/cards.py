@@ -34,7 +34,11 @@ def card(
     backward_passes: int | None = None,
     seconds: float | None = None,
     dtype: str = "float32",
+    attempted: Mapping[str, Bool[np.ndarray, " examples"]] | None = None,
     report: checks.Report | None = None,
+    guards: Mapping[str, Mapping[str, Any]] | None = None,
+    versions: Mapping[str, str] | None = None,
+    backend: str | None = None,
     subset: str = "",
     link: str = "",
     authors: str = "",
@@ -45,9 +49,10 @@ def card(
 ) -> dict[str, Any]:
     """The card: RobustBench's fields (`model_info/<dataset>/<norm>/<name>.json`) and, in `evaluation`, what they leave out.
 
-    From `robust_vit.attacks.auto_attack`: `correct=result.correct, broken=dict(zip(result.names, result.success.T))`. An example
-    counts as robust where the model is right on it and no attack broke it. As on RobustBench, accuracies at the top are per cent
-    as text with two decimals; those in `evaluation` are shares with Clopper-Pearson intervals over images.
+    From `robust_vit.attacks.auto_attack`: `correct=result.correct, broken=dict(zip(result.names, result.success.T))`, and
+    `attempted` likewise; a report's `card.json` has the one of the study `auto_attack`. An example counts as robust where the
+    model is right on it and no attack broke it. As on RobustBench, accuracies at the top are per cent as text with two decimals;
+    those in `evaluation` are shares with Clopper-Pearson intervals over images.
 
     Args:
       name: of the model or the paper.
@@ -57,11 +62,16 @@ def card(
       suite: what the attacks are together, for example "AutoAttack standard": only then is `autoattack_acc` filled in.
       architecture: as a reader knows it, for example "ViT-B/16".
       seed: of the draws.
-      forward_passes: of one image each, executed.
+      forward_passes: of one image each.
       backward_passes: likewise.
       seconds: of wall time.
       dtype: that the model computes in.
+      attempted: for each attack the examples that it was tried on; None is all. One that was not tried on all that the model
+        gets right has no accuracy `alone`.
       report: of `robust_vit.attacks.check`: its guards; those that fired make the entry `unreliable`.
+      guards: others, by name, each with `fired` and `detail`; likewise.
+      versions: of the packages that computed it; None is those here.
+      backend: that computed it; None is the one here.
       subset: which images, in words.
       link, authors, venue: of the paper.
       additional_data: whether more data than the training set was used; None where it is not known.
@@ -83,12 +93,15 @@ def card(
     for attack, hit in hits.items():
         standing = standing & ~hit
         turns[attack] = {
-            "alone": _interval(correct & ~hit),
+            "alone": _interval(correct & ~hit) if attempted is None or attempted[attack][correct].all() else None,
             "so_far": _interval(standing),
         }
     robust = 100.0 * standing.mean()
     is_auto_attack = suite.lower().replace("-", "").startswith("autoattack")
-    fired = list(report.fired) if report is not None else []
+    looked = report.summary() if report is not None else {}
+    if guards:
+        looked["guards"] = {**looked.get("guards", {}), **guards}
+    fired = [guard for guard, found in looked.get("guards", {}).items() if found["fired"]]
     content = {
         "link": link,
         "name": name,
@@ -120,17 +133,19 @@ def card(
             "passes": {"forward": forward_passes, "backward": backward_passes},
             "seconds": seconds,
             "dtype": dtype,
-            "guards": report.summary() if report is not None else None,
+            "guards": looked or None,
             "fired": fired,
             "notes": list(notes),
-            "versions": {
-                "robust_vit": robust_vit.__version__,
-                **{package: importlib.metadata.version(package) for package in _VERSIONS},
-            },
-            "backend": jax.default_backend(),
+            "versions": _versions() if versions is None else dict(versions),
+            "backend": backend or jax.default_backend(),
         },
     }
     return files.jsonable(content)
+
+
+def _versions() -> dict[str, str]:
+    found = {package: importlib.metadata.version(package) for package in _VERSIONS}
+    return {"robust_vit": robust_vit.__version__, **found}
 
 
 def _interval(bits: np.ndarray) -> dict[str, Any]:

@@ -42,19 +42,59 @@ class Expectation(flax.struct.PyTreeNode, kw_only=True):
         self, images: Float[Array, "batch height width channels"], keys: Key[Array, " batch"]
     ) -> Float[Array, "samples batch classes"]:
         """Logits under each draw, in one call on a batch that is `draws` times as large."""
+        return self._sample(self.model, images, keys)
+
+    def sample_features(
+        self, images: Float[Array, "batch height width channels"], keys: Key[Array, " batch"]
+    ) -> tuple[Float[Array, "samples batch classes"], dict[str, jax.Array]]:
+        """Logits and features under each draw, `[samples, batch, ...]`; no features of a model that names none."""
+        return self._sample(Featured(self.model), images, keys)
+
+    def _sample(self, model: Any, images: jax.Array, keys: jax.Array) -> Any:
         # The draws of an image are neighbours, so that a batch that is split over devices stays where it is.
         wide = jnp.repeat(images, self.draws, axis=0)
         keys = jax.vmap(lambda key: jax.random.split(key, self.draws))(keys).reshape(-1)
         if self.transform is not None:
             wide = self.transform(keys, wide)
-        logits = evaluation.respond(self.model, wide, keys)
-        logits = logits.reshape(-1, images.shape[0], self.draws, logits.shape[-1])
-        return jnp.moveaxis(logits, 2, 0).reshape(self.samples, images.shape[0], -1)
+        leading = 2 if getattr(model, "stochastic", False) else 1
+
+        def by_draw(found: jax.Array) -> jax.Array:
+            rest = found.shape[leading:]
+            found = jnp.moveaxis(found.reshape(-1, images.shape[0], self.draws, *rest), 2, 0)
+            return found.reshape(self.samples, images.shape[0], *rest)
+
+        return jax.tree.map(by_draw, evaluation.respond(model, wide, keys))
 
     def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> Float[Array, "batch classes"]:
         """Logarithms of the mean probabilities; without keys under the same draws for each image, each time."""
         keys = classifier.same_draws(images) if keys is None else keys
         return evaluation.collapse(self.sample(images, keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class Featured:
+    """A model that answers with its features besides: `evaluation.respond(Featured(model), ...)` is `(logits, features)`.
+
+    Attributes:
+      model: canonical pixels to logits; the features are those of its `features`, or of its `sample_features`; else none.
+    """
+
+    model: Any
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the model is."""
+        return getattr(self.model, "stochastic", False)
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits and features, `[batch, ...]`."""
+        features = getattr(self.model, "features", None)
+        return features(images) if features is not None else (self.model(images), {})
+
+    def sample(self, images: jax.Array, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits and features under each draw, `[samples, batch, ...]`."""
+        features = getattr(self.model, "sample_features", None)
+        return features(images, keys) if features is not None else (self.model.sample(images, keys), {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ from robust_vit.attacks import arguments, evaluation, minimal, norms, skeleton, 
 _LAST_STEP = 0.01
 _LAST_CHANGE = 0.001
 
+LOSSES = {**skeleton.LOSSES, "both": losses.margin}
+
 
 class State(minimal.State, kw_only=True):
     """Where each example's search stands.
@@ -76,12 +78,14 @@ class FastMinimumNorm(minimal.MinimalAttack, kw_only=True):
     Attributes:
       step_size: L2 length of the first step, in pixel units; the last ones have a hundredth of it.
       radius_change: share by which the radius first grows or shrinks; 0.001 in the end.
+      explore: `(logits, labels) -> [batch]`, climbed in place of `loss` in the first half of each run; None for nothing.
       steps: gradient steps of each run.
       restarts: runs; all but the first from a random start in the ball of the nearest success.
     """
 
     step_size: Any
     radius_change: Any
+    explore: Callable | None = flax.struct.field(pytree_node=False, default=None)
     steps: int = flax.struct.field(pytree_node=False, default=100)
     restarts: int = flax.struct.field(pytree_node=False, default=1)
 
@@ -97,11 +101,13 @@ class FastMinimumNorm(minimal.MinimalAttack, kw_only=True):
 
     def step(self, model: skeleton.Model, state: State) -> State:
         """Evaluates the images, sizes the ball and moves in it. One forward and backward pass."""
-        found = evaluation.ascent(self.loss, model, state.images, state.keys, state.labels, draw=state.count)
+        count = state.count % self.steps
+        found = evaluation.ascent(
+            self._objective, model, state.images, state.keys, state.labels, count, draw=state.count
+        )
         achieved = self.achieves(found.logits, state.labels)
         recorded = self.record(state, state.images, achieved)
         dtype = state.radius.dtype
-        count = state.count % self.steps
         change = _fall(count, self.steps, self.radius_change, _LAST_CHANGE, dtype)
         # Before the first success the ball ends past the boundary of an affine model: on it, rounding would decide.
         ahead = jnp.abs(found.values).astype(dtype) / jnp.maximum(minimal.slope(self.norm, found.gradients), 1e-12)
@@ -118,6 +124,12 @@ class FastMinimumNorm(minimal.MinimalAttack, kw_only=True):
             moved = skeleton.select(ends, state.clean + self.norm.draw(keys, state.clean, radius), moved)
         moved = self.norm.project(moved, state.clean, radius)
         return recorded.replace(images=moved, radius=radius, vanished=state.vanished + found.vanished)
+
+    def _objective(self, logits: jax.Array, labels: jax.Array, count: jax.Array) -> jax.Array:
+        values = self.loss(logits, labels)
+        if self.explore is None:
+            return values
+        return jnp.where(count < self.steps // 2, self.explore(logits, labels), values)
 
 
 def ddn(
@@ -173,13 +185,15 @@ def fmn(
     restarts: int = 1,
     step_size: float = 1.0,
     radius_change: float = 0.05,
-    loss: str | Callable = "margin",
+    loss: str | Callable = "both",
     goal: str | skeleton.Goal = "untargeted",
 ) -> skeleton.Attack:
     """The fast minimum-norm attack, L-infinity, L2 or L1 (Pintor et al. 2021, arXiv 2102.12827, algorithm 1).
 
-    Departures: the projection is the nearest point of ball and box at once, not of one after the other, and before the first
-    success the radius is a thousandth above the estimate, which for an affine model is on the boundary.
+    Departures: the first half of a run climbs the cross-entropy, which looks at all classes; the margin, as published
+    (`loss="margin"`), goes for the likeliest where it stands and passes by nearer ones (tests/benchmarks/results/attacks.md). The
+    projection is the nearest point of ball and box at once, not of one after the other, and before the first success the radius
+    is a thousandth above the estimate, which for an affine model is on the boundary.
     Cost: `restarts * steps` forward and backward passes at most, and one forward pass that judges.
 
     Args:
@@ -190,9 +204,8 @@ def fmn(
       restarts: runs; all but the first start in a random point of the ball that the nearest success lies on.
       step_size: L2 length of the first step, in pixel units.
       radius_change: share by which the radius grows or shrinks in the first step, in (0, 1).
-      loss: `margin`, the published one, which goes for the class that is likeliest where it stands; `cross_entropy`, which
-        looks at all classes and found nearer successes (tests/benchmarks/results/attacks.md), and vanishes where the softmax
-        saturates; or a named function `(logits, labels) -> [batch]`.
+      loss: `both`, the cross-entropy in the first half of each run and the margin in the second; `margin`; `cross_entropy`, which
+        vanishes where the softmax saturates; `dlr`; or a named function `(logits, labels) -> [batch]`.
       goal: `untargeted`, or `targeted`: the labels given to the attack are the classes to reach.
     """
     epsilon, norm = minimal.ball("fmn", epsilon, norm, threat, ("linf", "l2", "l1"))
@@ -202,7 +215,8 @@ def fmn(
     return FastMinimumNorm(
         epsilon=epsilon,
         norm=norm,
-        loss=arguments.find("loss", loss, skeleton.LOSSES),
+        loss=arguments.find("loss", loss, LOSSES),
+        explore=losses.cross_entropy if loss == "both" else None,
         goal=arguments.find("goal", goal, skeleton.GOALS),
         step_size=arguments.number(step_size),
         radius_change=arguments.number(radius_change),

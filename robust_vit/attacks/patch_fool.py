@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from robust_vit import errors
-from robust_vit.attacks import arguments, evaluation, masked, norms, skeleton, threats
+from robust_vit.attacks import arguments, evaluation, expectations, masked, norms, skeleton, threats
 
 SELECTIONS = ("attention", "saliency", "random")
 _LEAST = 1e-12  # Attention below it is nothing: its logarithm would be infinite.
@@ -83,12 +83,23 @@ class PatchFool(masked.MaskedAscent, kw_only=True):
     ) -> tuple[jax.Array, jax.Array, jax.Array, Float[Array, "batch patches"] | None]:
         wanted = (*self.layers, self.layer) if self.select == "attention" else self.layers
 
+        def drawn(weights):
+            received = _received(weights, grid, logarithm=True)
+            return jnp.take_along_axis(received, state.chosen[:, None], axis=1)[:, 0]
+
         def respond(images):
-            logits, weights = _attention(model, images, wanted)
-            drawn = [_received(weights[layer], grid, logarithm=True) for layer in self.layers]
-            drawn = [jnp.take_along_axis(each, state.chosen[:, None], axis=1)[:, 0] for each in drawn]
-            received = _received(weights[self.layer], grid) if self.select == "attention" else None
-            return (self.loss(logits, state.labels), *drawn), (logits, received)
+            answers, weights = _attention(model, images, state, wanted)
+            logits = evaluation.collapse(answers)
+            if (
+                answers.ndim == 2
+            ):  # One draw; of a stochastic model the attention is averaged over its draws, as the loss is.
+                answers, weights = jax.tree.map(lambda array: array[None], (answers, weights))
+            values = [_mean(lambda one: self.loss(one, state.labels), answers)]
+            values += [_mean(drawn, weights[layer]) for layer in self.layers]
+            received = None
+            if self.select == "attention":
+                received = _mean(lambda one: _received(one, grid), weights[self.layer])
+            return tuple(values), (logits, received)
 
         values, pull, (logits, received) = jax.vjp(respond, state.images, has_aux=True)
         gradients = []
@@ -158,7 +169,8 @@ def patch_fool(
     Adam on the pixels of the patches that receive most attention, up the loss and, for each of `layers`, up the logarithm of
     the attention that the first of these patches receives, its gradient merged by PCGrad. Their rate of 0.22 is one of
     normalised pixels: 0.05 here. Departures: PCGrad projects (their code divides by the length once and not twice), under the
-    mask; the start is uniform in the ball; an example stops at its first success. A CNN: `select="saliency", layers=()`.
+    mask; the start is uniform in the ball; an example stops at its first success. A CNN: `select="saliency", layers=()`. On an
+    `expectation` attention too is averaged over the draws, of the tokens that stand where the patches of the image do.
 
     Cost: `steps + 1` forward passes and `1 + len(layers)` times as many backward passes at most, and one that judges.
 
@@ -211,11 +223,10 @@ def patch_fool(
 
 
 def _attention(
-    model: skeleton.Model, images: jax.Array, blocks: tuple[int, ...]
-) -> tuple[jax.Array, dict[int, Float[Array, "batch heads tokens tokens"]]]:
-    """Logits, and the attention weights of some blocks."""
-    features = getattr(model, "features", None)
-    logits, found = features(images) if features is not None else (None, {})
+    model: skeleton.Model, images: jax.Array, state: State, blocks: tuple[int, ...]
+) -> tuple[jax.Array, dict[int, Float[Array, "*samples batch heads tokens tokens"]]]:
+    """Logits, and the attention weights of some blocks; of a stochastic model those of each draw."""
+    logits, found = evaluation.respond(expectations.Featured(model), images, state.keys, state.count)
     known = sorted(
         int(name[5:-18]) for name in found if name.startswith("block") and name.endswith("/attention_weights")
     )
@@ -247,6 +258,10 @@ def _received(
     # A class token, where there is one, comes first; it asks too, and is not attacked.
     weights = jnp.mean(weights.astype(jnp.promote_types(weights.dtype, jnp.float32)), axis=1)[..., others:]
     return jnp.mean(jnp.log(jnp.maximum(weights, _LEAST)) if logarithm else weights, axis=1)
+
+
+def _mean(function: Callable, draws: Float[Array, "samples batch ..."]) -> jax.Array:
+    return jnp.mean(jax.vmap(function)(draws), axis=0)
 
 
 def _by_patch(

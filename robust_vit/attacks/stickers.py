@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from robust_vit import errors
-from robust_vit.attacks import arguments, evaluation, masked, norms, skeleton, threats
+from robust_vit import errors, mesh, tables
+from robust_vit.attacks import arguments, cameras, evaluation, masked, norms, skeleton, threats, transfer
+from robust_vit.metrics import statistics
 
 _TINY = 1e-6  # Under square roots, whose slope at zero is infinite.
 
@@ -94,6 +95,80 @@ def total_variation(
     return jnp.sum(jnp.where(mask[..., 0], lengths, 0.0), axis=(1, 2))
 
 
+class ByView(NamedTuple):
+    """What stickers do from each view: `by_view` makes it.
+
+    Attributes:
+      distances: of each view.
+      angles: likewise, in degrees.
+      right: the model is right on the clean image from there.
+      success: the image with stickers reaches the goal from there; raw, also where the clean one is not recognised.
+    """
+
+    distances: Float[np.ndarray, " views"]
+    angles: Float[np.ndarray, " views"]
+    right: Bool[np.ndarray, "views batch"]
+    success: Bool[np.ndarray, "views batch"]
+
+    def table(self) -> tables.Table:
+        """One row a view and one for all: success among the images that are recognised clean from there (their equation 4)."""
+        rows = [
+            (float(distance), float(angle), _rate(success & right, right))
+            for distance, angle, right, success in zip(*self, strict=True)
+        ]
+        rows.append(("all", "all", _rate(self.success & self.right, self.right, interval=False)))
+        return tables.Table(
+            "Success of stickers by view",
+            ("distance", "angle", "success"),
+            rows,
+            "Of the images that are recognised without stickers from the same view; 95 % Clopper-Pearson intervals over images. "
+            "Distances in units of that at which the image fills the picture, angles in degrees. All views: of the same images, "
+            "so without an interval.",
+        )
+
+
+def by_view(
+    model: skeleton.Model,
+    views: cameras.Views,
+    keys: Key[Array, " batch"],
+    clean: Float[Array, "batch height width channels"],
+    images: Float[Array, "batch height width channels"],
+    labels: Int[Array, " batch"],
+    *,
+    targets: Int[Array, " batch"] | None = None,
+) -> ByView:
+    """Whether images with stickers reach their goal from each of a sequence of views. Two forward passes a view.
+
+    Table 1 of Eykholt et al. 2018 (arXiv 1707.08945); judged in float32.
+
+    Args:
+      model: canonical pixels to logits.
+      views: `robust_vit.attacks.views(...)`; the attack may have been made over others.
+      keys: one typed key an example.
+      clean: the images without stickers.
+      images: with them.
+      labels: true labels.
+      targets: the classes to reach; None is any but the true one.
+    """
+    truth, goal = np.asarray(labels), None if targets is None else np.asarray(targets)
+    right, success = [], []
+    for index in range(len(views.distances)):
+        before, after = (
+            mesh.fetch(transfer.predict(model, keys, views.at(index, pixels))) for pixels in (clean, images)
+        )
+        right.append(before == truth)
+        success.append(after != truth if goal is None else after == goal)
+    return ByView(np.asarray(views.distances), np.asarray(views.angles), np.stack(right), np.stack(success))
+
+
+def _rate(hits: np.ndarray, counted: np.ndarray, *, interval: bool = True) -> tables.Number | None:
+    if not counted.any():
+        return None
+    if not interval:
+        return tables.Number(float(hits.sum() / counted.sum()), format=".1%")
+    return statistics.proportion(hits.sum(), counted.sum()).number(".1%")
+
+
 def stickers(
     *,
     mask: np.ndarray | jax.Array | None = None,
@@ -116,7 +191,8 @@ def stickers(
 
     Adam down the loss, the non-printability score and the total variation. Over distances and angles: attack
     `expectation(model, transform=views(distances=..., angles=...))`, whose mean over views takes the place of their mean over
-    photographs. Departures: penalties are means over the mask; the change is penalised in L1; a ball is an option.
+    photographs; `robust_vit.attacks.stickers.by_view` then says what each view makes of it. Departures: penalties are means
+    over the mask; the change is penalised in L1; a ball is an option.
 
     Cost: `steps + 1` forward and backward passes at most, and two forward passes that judge (one with `stop_on_success`).
 

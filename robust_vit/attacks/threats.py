@@ -21,8 +21,10 @@ class ThreatModel:
       norm: the norm of the perturbation.
       epsilon: its largest size, in pixel units [0, 1] (canonical pixels, never normalised ones).
       source: where the convention comes from.
-      examples: how many test images a published evaluation takes, the first in the order of the data set; None is all that
-        there are. (Of ImageNet's validation images RobustBench names its 5,000 in `helper_files/imagenet_test_image_ids.txt`.)
+      examples: how many test images a published evaluation takes, which is what studies take that are not told otherwise: the
+        first in the order of the data set, or all that there are; None is all. (RobustBench names its 5,000 of ImageNet in
+        `helper_files/imagenet_test_image_ids.txt`. That list is not shipped: the first 5,000 of the validation split as it
+        was prepared are taken, the same in every run and others than those.)
     """
 
     dataset: str

@@ -53,6 +53,12 @@ def _run(run: runs.Run, beside: pathlib.Path) -> dict[str, Any]:
         }
         if result.skipped is None:
             entry |= {**result.card, "summary": result.finding.summary}
+            architecture = (run.config.get("model") or {}).get("name", "")
+            listed = result.study.entry(
+                result.finding, name=run.name, architecture=architecture, seed=result.asked["seed"]
+            )
+            if listed is not None:
+                entry["robustbench"] = listed
         else:
             entry |= {"study": result.asked["study"], "skipped": result.skipped}
         entries[label] = entry

@@ -42,7 +42,8 @@ class AttackCurve(study.Study):
       norm: with `epsilons` and no threat, the norm.
       steps: of every attack that takes steps and whose entry does not say; None leaves each its own default.
       restarts: likewise.
-      examples: how many test images, the first in the order of the data set, or None for all.
+      examples: how many test images, the first in the order of the data set; None is the threat's number
+        (`robust_vit.attacks.ThreatModel`), or all where it names none.
       batch: images a compiled step; one batch is one chunk; or "auto", as many as the device has use and memory for.
       unbounded: also attack without a bound, for the guard.
       exhibits: how many of the first images to keep for the figure, clean and attacked by the last attack at the threat's
@@ -71,7 +72,7 @@ class AttackCurve(study.Study):
     norm: str = "linf"
     steps: int | None = None
     restarts: int | None = None
-    examples: int | None = 256
+    examples: int | None = None
     batch: int | str = 64
     unbounded: bool = True
     exhibits: int = 6
@@ -114,7 +115,7 @@ class AttackCurve(study.Study):
         return norm, float(curve[np.argmin(np.abs(curve - center))]), curve
 
     def _stream(self, subject: study.Subject) -> Any:
-        return subject.test.with_batch(self.batch, limit=self.examples)
+        return subject.test.with_batch(self.batch, limit=self.limit(subject))
 
     @property
     def entries(self) -> tuple[attack_entries.Entry, ...]:

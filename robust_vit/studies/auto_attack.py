@@ -32,7 +32,8 @@ class AutoAttack(study.Study):
     Attributes:
       version: `standard`, `plus`, or `rand` for a stochastic model.
       threat: the threat model's name, or None for the subject's.
-      examples: how many test images, the first in the order of the data set, or None for all.
+      examples: how many test images, the first in the order of the data set; None is the threat's number
+        (`robust_vit.attacks.ThreatModel`), or all where it names none.
       together: images of a chunk: what a killed study computes again at most.
       batch: images a compiled step at most; a finished one gives its slot to the next of the chunk; or "auto".
     """
@@ -50,7 +51,7 @@ class AutoAttack(study.Study):
 
     version: str = "standard"
     threat: str | None = None
-    examples: int | None = 128
+    examples: int | None = None
     together: int = 256
     batch: int | str = 64
 
@@ -81,7 +82,7 @@ class AutoAttack(study.Study):
         return attacks.threat(self.threat or subject.threat)
 
     def _stream(self, subject: study.Subject) -> Any:
-        return subject.test.with_batch(self.together, limit=self.examples)
+        return subject.test.with_batch(self.together, limit=self.limit(subject))
 
     def _members(self, subject: study.Subject) -> dict[str, attacks.Attack]:
         threat = self._threat(subject)
@@ -275,6 +276,30 @@ class AutoAttack(study.Study):
         """The threat model, what each attack did, and the guards besides."""
         keys = ("threat", "norm", "epsilon", "clean", "robust", "after", "guards")
         return {**super().card(finding), "version": self.version, **{key: finding.summary[key] for key in keys}}
+
+    def entry(self, finding: study.Finding, **about: Any) -> dict[str, Any]:
+        """The model as an entry of RobustBench."""
+        records, summary, circumstances = finding.records, finding.summary, finding.provenance
+        names = [str(name) for name in records["exhibit/attacks"]]
+        forward_passes, backward_passes = (
+            sum(int(records[f"{field}/{name}"].sum(dtype=np.int64)) for name in names) for field in _PASSES
+        )
+        return attacks.card(
+            threat=summary["threat"],
+            correct=records["correct"],
+            broken={name: records[f"success/{name}"] for name in names},
+            attempted={name: records[f"attempted/{name}"] for name in names},
+            suite=f"AutoAttack {self.version}",
+            forward_passes=forward_passes,
+            backward_passes=backward_passes,
+            seconds=circumstances.get("wall_seconds"),
+            guards=summary["guards"],
+            versions=circumstances.get("versions"),
+            backend=circumstances.get("hardware", {}).get("platform"),
+            subset=f"the first {summary['examples']} test images in the order of the data set",
+            notes=[str(note) for note in records["exhibit/notes"]],
+            **about,
+        )
 
 
 def _budget(summary: Mapping[str, Any]) -> str:

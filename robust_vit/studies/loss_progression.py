@@ -33,7 +33,8 @@ class LossProgression(study.Study):
       epsilon: in pixel units [0, 1], in place of the threat's; fractions such as "8/255" are read.
       norm: with `epsilon` and no threat, the norm.
       steps: of every attack whose entry does not say.
-      examples: how many test images, the first in the order of the data set, or None for all.
+      examples: how many test images, the first in the order of the data set; None is the threat's number
+        (`robust_vit.attacks.ThreatModel`), or all where it names none.
       batch: images a compiled step; one batch is one chunk; or "auto", as many as the device has use and memory for.
     """
 
@@ -84,7 +85,7 @@ class LossProgression(study.Study):
         return built
 
     def _stream(self, subject: study.Subject) -> Any:
-        return subject.test.with_batch(self.batch, limit=self.examples)
+        return subject.test.with_batch(self.batch, limit=self.limit(subject))
 
     def chunks(self, subject: study.Subject) -> int:
         """One a batch."""

@@ -39,7 +39,8 @@ class PhysicalAttack(study.Study):
       strengths: of the channel, in rising order; 0 is no channel, 1 its customary ranges.
       blur: largest standard deviation of the channel's blur in pixels; 1 is for images of some 200 pixels, less for small ones.
       samples: draws of the channel in each evaluation of the expectation.
-      examples: how many test images, the first in the order of the data set, or None for all.
+      examples: how many test images, the first in the order of the data set; None is the threat's number
+        (`robust_vit.attacks.ThreatModel`), or all where it names none.
       batch: images a compiled step; one batch is one chunk; or "auto".
       exhibits: how many of the first images to keep for the figure; they are not selected.
     """
@@ -65,7 +66,7 @@ class PhysicalAttack(study.Study):
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
     blur: float = 1.0
     samples: int = 8
-    examples: int | None = 256
+    examples: int | None = None
     batch: int | str = 64
     exhibits: int = 5
 
@@ -104,7 +105,7 @@ class PhysicalAttack(study.Study):
         return dict(zip(KINDS, (subject.classifier, asked), strict=True))
 
     def _stream(self, subject: study.Subject) -> Any:
-        return subject.test.with_batch(self.batch, limit=self.examples)
+        return subject.test.with_batch(self.batch, limit=self.limit(subject))
 
     def chunks(self, subject: study.Subject) -> int:
         """One a batch."""

@@ -14,6 +14,7 @@ from matplotlib import figure as matplotlib_figure
 from robust_vit import classifier as classifiers
 from robust_vit import errors, programs, tables
 from robust_vit import mesh as meshes
+from robust_vit.attacks import threats
 from robust_vit.metrics import statistics
 
 EXHIBIT = "exhibit/"
@@ -204,10 +205,17 @@ class Study:
         del subject
         return []
 
+    def limit(self, subject: Subject) -> int | None:
+        """How many test images are read at most: `examples`, or the threat's number where the study has one; None is all."""
+        examples = getattr(self, "examples", None)
+        name = getattr(self, "threat", None) or subject.threat
+        if examples is not None or name is None or not hasattr(self, "threat"):
+            return examples
+        return threats.threat(name).examples
+
     def most(self, subject: Subject) -> int:
         """The largest number that makes sense for the automatic setting: the examples that there are."""
-        limit = getattr(self, "examples", None)
-        return min(subject.test.num_examples, limit or subject.test.num_examples)
+        return min(subject.test.num_examples, self.limit(subject) or subject.test.num_examples)
 
     def settle(self, subject: Subject, stored: Mapping[str, Any] | None = None) -> Study:
         """This study with a number in place of "auto", the same on each machine of one kind.
@@ -268,6 +276,16 @@ class Study:
             "examples": count(finding.records),
             "caveats": list(finding.summary.get("caveats", ())),
         }
+
+    def entry(self, finding: Finding, **about: Any) -> dict[str, Any] | None:
+        """The model's entry in a leaderboard of robust accuracies (`robust_vit.attacks.card`); None of most studies.
+
+        Args:
+          finding: with its provenance.
+          **about: what the study does not know: `name`, `architecture`, `seed`.
+        """
+        del finding, about
+        return None
 
     def run(self, subject: Subject) -> Finding:
         """All chunks, in memory, summarised. `robust_vit.evaluate` does the same on disk and survives being killed."""

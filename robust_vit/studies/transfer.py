@@ -32,7 +32,8 @@ class Transfer(study.Study):
       epsilon: in pixel units [0, 1], in place of the threat's; fractions such as "8/255" are read.
       norm: with `epsilon` and no threat, the norm.
       steps: of every attack that takes steps and whose entry does not say; None leaves each its own default.
-      examples: how many test images, the first in the order of the data set, or None for all.
+      examples: how many test images, the first in the order of the data set; None is the threat's number
+        (`robust_vit.attacks.ThreatModel`), or all where it names none.
       batch: images a compiled step; one batch is one chunk; or "auto", as many as the device has use and memory for.
     """
 
@@ -54,7 +55,7 @@ class Transfer(study.Study):
     epsilon: float | str | None = None
     norm: str = "linf"
     steps: int | None = None
-    examples: int | None = 256
+    examples: int | None = None
     batch: int | str = 64
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ class Transfer(study.Study):
         return {subject.name: subject.classifier, **subject.rivals}
 
     def _stream(self, subject: study.Subject) -> Any:
-        return subject.test.with_batch(self.batch, limit=self.examples)
+        return subject.test.with_batch(self.batch, limit=self.limit(subject))
 
     def chunks(self, subject: study.Subject) -> int:
         """One a batch."""

@@ -172,7 +172,7 @@ def test_the_ball_of_fmn_ends_at_the_boundary_then_follows_success():
     with jax.enable_x64(True):
         model, images = bent_models.model(dtype=np.float64), bent_models.images(dtype=np.float64)
         labels = bent_models.predict(model, images)
-        attack = attacks.build("fmn", norm="linf", steps=12)
+        attack = attacks.build("fmn", norm="linf", steps=12, loss="margin")
         states = bent_models.walk(attack, model, KEYS, images, labels, 12)
         seen = np.zeros(6, bool)
         for count, (before, after) in enumerate(itertools.pairwise(states)):
@@ -214,12 +214,27 @@ def _far_and_near(images):
     return jnp.stack([jnp.zeros_like(first), 2 * first - 1, 10 * second - 2], axis=-1)
 
 
-@pytest.mark.parametrize(("loss", "distance"), [("margin", 0.5), ("cross_entropy", 0.2)])
-def test_fmn_on_the_cross_entropy_sees_a_class_that_is_nearer_and_less_likely(loss, distance):
+@pytest.mark.parametrize(("loss", "distance"), [("margin", 0.5), ("cross_entropy", 0.2), ("both", 0.2)])
+def test_fmn_that_starts_on_the_cross_entropy_sees_a_class_that_is_nearer_and_less_likely(loss, distance):
     attack = attacks.build("fmn", norm="linf", loss=loss)
     found = attack(classifier.wrap(_far_and_near), KEYS[:1], jnp.zeros((1, 1, 2, 1)), jnp.zeros(1, jnp.int32))
     assert found.success.all()
     np.testing.assert_allclose(found.distance, distance, rtol=0.01)
+
+
+def _confident(variables, images):
+    return 1e4 * _affine(variables, images)
+
+
+def test_fmn_on_both_losses_finds_its_way_where_the_softmax_saturates():
+    """The cross-entropy of these logits has no slope anywhere: the margin of the second half has, and ends on the boundary."""
+    variables = {"w": jnp.stack([jnp.zeros(18), jnp.ones(18)], axis=1), "b": jnp.array([9.0, 0.0])}
+    clean, labels = jnp.full((1, *SHAPE), 0.25), jnp.zeros(1, jnp.int32)
+    model = classifier.wrap(_confident, variables)
+    found = attacks.build("fmn", norm="l2")(model, KEYS[:1], clean, labels)
+    assert found.success.all()
+    np.testing.assert_allclose(found.distance, 0.25 * np.sqrt(18), rtol=0.01)
+    assert not attacks.build("fmn", norm="l2", loss="cross_entropy")(model, KEYS[:1], clean, labels).success.any()
 
 
 # DeepFool and FAB.

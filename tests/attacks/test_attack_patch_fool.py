@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import small_vit
 
-from robust_vit import attacks, errors
-from robust_vit.attacks import masked, moments, patch_fool
+from robust_vit import attacks, errors, losses
+from robust_vit.attacks import evaluation, masked, moments, patch_fool
 
 COUNT = 48
 OPTIONS = {"patch": small_vit.PATCH, "patches": 2, "layer": 1, "layers": (1,), "steps": 30}
@@ -97,6 +97,43 @@ def test_attention_is_drawn_to_the_patch():
     assert after.mean() > 1.5 * before.mean()
 
 
+def _noisy(keys, images):
+    return images + 0.3 * jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+
+
+def test_on_an_expectation_attention_and_loss_are_means_over_the_draws():
+    """Of one look at images with a patch chosen: every part against the same draws one by one, and then a whole attack."""
+    keys, images, labels = (array[:8] for array in _given())
+    model, attack = small_vit.model(), _attack(attention_weight=1.0, epsilon=0.1)
+    asked = attacks.expectation(model, transform=_noisy, samples=3)
+    state = attack.init(keys, images, labels)
+    state = state.replace(chosen=jnp.arange(8), mask=jnp.ones_like(state.mask), count=state.count + 5)
+    found = jax.jit(attack.look)(asked, state)
+    draws = jax.vmap(lambda key: jax.random.split(_of_evaluation(key, 5), 3))(keys)
+
+    def alone(images):
+        answers = [model.features(_noisy(draws[:, index], images)) for index in range(3)]
+        received = [features["block01/attention_weights"].mean(axis=1)[..., 1:] for _, features in answers]
+        climbed = sum(losses.cross_entropy(logits, labels).sum() for logits, _ in answers) / 3
+        drawn = sum(jnp.log(one).mean(axis=1)[jnp.arange(8), jnp.arange(8)].sum() for one in received) / 3
+        return jnp.stack([climbed, drawn]), sum(one.mean(axis=1) for one in received) / 3
+
+    (climbed, drawn), received = jax.jit(jax.jacrev(alone, has_aux=True))(images)
+    expected = climbed + patch_fool.without_conflict(drawn, climbed)
+    np.testing.assert_allclose(found.directions, expected, rtol=2e-3, atol=2e-5)
+    chosen = np.asarray(jax.lax.top_k(received, 2)[1])
+    mask = np.asarray(found.fixed["mask"])[:, :: small_vit.PATCH, :: small_vit.PATCH, 0].reshape(8, 16)
+    np.testing.assert_array_equal(np.sort(chosen, axis=1), np.stack([np.flatnonzero(row) for row in mask]))
+    result = _attack(steps=3)(asked, keys, images, labels)
+    assert (np.asarray(result.forward_passes) % 3 == 0).all()
+    nested = attacks.expectation(attacks.expectation(model, transform=_noisy, samples=2), transform=_noisy, samples=2)
+    assert jax.eval_shape(nested.sample_features, images, keys)[1]["block01/attention_weights"].shape[:2] == (4, 8)
+
+
+def _of_evaluation(key, number):
+    return jax.random.fold_in(jax.random.fold_in(key, evaluation._PURPOSE), number)
+
+
 def _flat(logits, labels):
     del labels
     return 0.0 * logits[:, 0]
@@ -107,6 +144,8 @@ def test_a_model_without_attention_or_with_other_blocks_is_told():
     affine = closed_forms.model(0, images.shape[1:], small_vit.CLASSES)
     with pytest.raises(errors.UserError, match='select="saliency", layers='):
         _attack()(affine, keys, images, labels)
+    with pytest.raises(errors.UserError, match='select="saliency", layers='):
+        _attack()(attacks.expectation(affine, transform=_noisy, samples=2), keys, images, labels)
     for options, message in (
         ({"layer": 4}, "the model has 0 to 1"),
         ({"layers": (1, 2)}, "the model has 0 to 1"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_vit import attacks, errors, losses
+from robust_vit import attacks, classifier, errors, losses
 from robust_vit.attacks import stickers
 
 SHAPE = (6, 6, 3)
@@ -109,6 +109,29 @@ def test_over_a_sequence_of_views_it_holds_where_one_for_the_front_does_not():
     assert margins["front"][1].mean() < margins["views"][1].mean()
     assert margins["views"].mean() < margins["front"].mean()
     assert (margins["views"] < 0).mean() >= (margins["front"] < 0).mean()
+
+
+def _bright(images):
+    mean = images.mean(axis=(1, 2, 3))
+    return jnp.stack([0.46 - mean, mean - 0.46, mean - 10.0], axis=-1)
+
+
+def test_the_table_by_view_counts_images_that_are_recognised_from_there():
+    """A picture of one shade, mid-grey beside it: from four times the distance a dark one is too small to be told."""
+    shades = jnp.asarray([0.2, 0.2, 0.2])
+    clean, stuck = (
+        jnp.broadcast_to(s[:, None, None, None], (3, 16, 16, 1)) for s in (shades, jnp.asarray([0.8, 0.2, 0.35]))
+    )
+    model, keys, labels = classifier.wrap(_bright), attacks.example_keys(0, np.arange(3)), jnp.zeros(3, jnp.int32)
+    sequence = attacks.views(distances=(1.0, 2.0, 4.0), angles=(0.0,))
+    found = stickers.by_view(model, sequence, keys, clean, stuck, labels)
+    np.testing.assert_array_equal(found.right, [[True] * 3, [True] * 3, [False] * 3])
+    np.testing.assert_array_equal(found.success[:2], [[True, False, False], [True, False, True]])
+    rows = found.table().rows
+    assert [row[:2] for row in rows] == [(1.0, 0.0), (2.0, 0.0), (4.0, 0.0), ("all", "all")]
+    assert [row[2] and row[2].value for row in rows] == [1 / 3, 2 / 3, None, 1 / 2]
+    aimed = stickers.by_view(model, sequence, keys, clean, stuck, labels, targets=labels + 2)
+    assert not aimed.success.any()
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from robust_vit import attacks, classifier, errors
-from robust_vit.attacks import transfer
+from robust_vit.attacks import evaluation, transfer
 
 SHAPE = (3, 3, 2)
 
@@ -62,6 +63,25 @@ def test_stopping_at_the_sources_boundary_fools_fewer_others():
         rates[stops] = transfer.matrix(models, attack, keys, jnp.asarray(images), labels).rates
     assert (rates[True].diagonal() == rates[False].diagonal()).all()
     assert rates[False][0, 1] > rates[True][0, 1] + 0.1
+
+
+def _by_chance(images, keys):
+    """Heads or tails, whatever the image."""
+    del images
+    return jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
+
+
+def test_a_stochastic_target_is_judged_by_draws_that_the_attack_has_not_seen():
+    """An attack that keeps what the first draw lets through has success on its own model no more often than that draws again."""
+    count = 400
+    model = classifier.wrap(_by_chance, stochastic=True)
+    keys, labels = attacks.example_keys(0, np.arange(count)), jnp.zeros(count, jnp.int32)
+    images = jnp.full((count, *SHAPE), 0.5)
+    attack = attacks.build("pgd", epsilon=0.05, steps=1, random_start=False)
+    result, (found,) = transfer.row(model, [model], attack, keys, images, labels)
+    np.testing.assert_array_equal(found, result.prediction)
+    seen = np.asarray(evaluation.logits(model, images, keys)).argmax(axis=1)
+    assert 0.4 < np.mean(np.asarray(found) != seen) < 0.6
 
 
 def test_a_targeted_attack_is_refused():

@@ -26,9 +26,9 @@ ROWS = (
     ("deep_fool", "l2", {"steps": 50}, "adv_lib", {"steps": 50}),
     ("deep_fool", "linf", {"steps": 50}, "adv_lib", {"steps": 50}),
     ("ddn", "l2", {"steps": 100}, "adv_lib", {"steps": 100, "levels": None}),
-    ("fmn", "linf", {"steps": 100}, "adv_lib", {"steps": 100}),
-    ("fmn", "l2", {"steps": 100}, "adv_lib", {"steps": 100}),
-    ("fmn", "l1", {"steps": 100}, "adv_lib", {"steps": 100}),
+    ("fmn", "linf", {"steps": 100, "loss": "margin"}, "adv_lib", {"steps": 100}),
+    ("fmn", "l2", {"steps": 100, "loss": "margin"}, "adv_lib", {"steps": 100}),
+    ("fmn", "l1", {"steps": 100, "loss": "margin"}, "adv_lib", {"steps": 100}),
     (
         "carlini_wagner",
         "l2",

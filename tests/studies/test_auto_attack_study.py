@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import linear, make_subject
 
-from robust_vit import classifier, errors, studies
+from robust_vit import classifier, errors, evaluate, files, report, studies
 from robust_vit.attacks import expectations
+from robust_vit.report import results
 
 SETTINGS = {"examples": 24, "together": 16, "batch": 8}
 
@@ -69,6 +70,30 @@ def test_a_black_box_that_is_stronger_is_told(finding):
     summary = studies.build("auto_attack", **SETTINGS).summarise(records)
     assert summary["guards"]["black box"]["fired"]
     assert any("Square, which sees no gradient, broke" in caveat for caveat in summary["caveats"])
+    told = dataclasses.replace(finding, records=records, summary=summary)
+    assert studies.build("auto_attack", **SETTINGS).entry(told, name="a model")["unreliable"]
+
+
+def test_the_report_holds_an_entry_of_robustbench(subject, tmp_path):
+    """Shaped as `robust_vit.attacks.card` is; who computed it and how long is that of the result, not of the report."""
+    study = studies.build("auto_attack", **SETTINGS)
+    result = evaluate.run_study(study, "auto_attack", subject, results.folder(tmp_path / "vit", "auto_attack", 0))
+    page = report.write([tmp_path], tmp_path / "report")
+    listed = files.read_json(page.parent / "card.json")["runs"]["vit"]["studies"]["auto_attack"]["robustbench"]
+    summary, evaluation = result.finding.summary, listed["evaluation"]
+    assert listed == study.entry(result.finding, name="vit", architecture="", seed=0)
+    assert (listed["name"], listed["dataset"], listed["eps"]) == ("vit", "noise", "0.1")
+    assert listed["autoattack_acc"] == listed["reported"] == f"{100 * summary['robust']['value']:.2f}"
+    assert listed["clean_acc"] == f"{100 * summary['clean']['value']:.2f}"
+    assert listed["unreliable"] is False
+    assert evaluation["robust"] == summary["robust"]
+    assert evaluation["by_attack"]["square"]["so_far"] == summary["robust"]
+    # The first attack had a look at all, Square at what the others left.
+    assert evaluation["by_attack"]["apgd_ce"]["alone"] == evaluation["by_attack"]["apgd_ce"]["so_far"]
+    assert evaluation["by_attack"]["square"]["alone"] is None
+    assert sum(evaluation["passes"].values()) == sum(entry["useful_passes"] for entry in summary["after"])
+    assert evaluation["seconds"] == result.provenance["wall_seconds"]
+    assert evaluation["versions"] == result.provenance["versions"]
 
 
 def test_two_models_are_compared_on_the_same_images(finding):

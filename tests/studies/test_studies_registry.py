@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import each_study, make_subject
 
-from robust_vit import errors, files, plots, studies
+from robust_vit import attacks, errors, files, plots, studies
 
 SETTINGS = {
     "accuracy": {"batch": 64},
@@ -177,6 +177,24 @@ def test_runs_are_paired_by_row_not_by_position(findings):
     rows = second.records["row"][order]
     expected = np.mean(shuffled["rank"] < 1) - np.mean(first.records["rank"][rows] < 1)
     np.testing.assert_allclose(found.difference, expected)
+
+
+@pytest.mark.parametrize("name", ["attack_curve", "auto_attack", "physical_attack", "transfer"])
+def test_an_attack_takes_the_images_of_its_threat_unless_it_is_told(name, monkeypatch):
+    subject, study = make_subject(), studies.build(name)
+    fixed = attacks.ThreatModel("noise", attacks.norms.L2, 0.1, examples=40)
+    monkeypatch.setitem(attacks.THREATS, fixed.name, fixed)
+    own, told = dataclasses.replace(study, threat=fixed.name), dataclasses.replace(study, examples=7)
+    for asked, model, count in (
+        (study, subject, 150),  # The subject's threat names no number.
+        (study, dataclasses.replace(subject, threat=fixed.name), 40),
+        (study, dataclasses.replace(subject, threat="cifar10/linf-8"), 150),
+        (own, subject, 40),
+        (told, dataclasses.replace(subject, threat=fixed.name), 7),
+    ):
+        assert asked._stream(model).num_examples == count
+        assert asked.most(model) == count
+    assert studies.build("accuracy")._stream(dataclasses.replace(subject, threat=fixed.name)).num_examples == 150
 
 
 def test_unknown_names_are_told_with_the_nearest():
