@@ -64,6 +64,7 @@ def _streamed(seed: int = 0):
     return curvature.stream(functools.partial(curvature.hessian, _loss, params, separable=False), batches), batches
 
 
+@pytest.mark.slow
 def test_over_a_data_set_all_probes_share_each_pass(tmp_path, monkeypatch):
     operator, batches = _streamed()
     options = {"rank": 12, "probes": 5}

@@ -159,6 +159,7 @@ def test_low_rank_takes_no_more_applications_than_asked_for(block, check_every):
     np.testing.assert_allclose(state.basis @ state.basis.T, np.eye(24), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gauss_newton_of_two_examples_takes_its_rank_of_applications():
     params, batch = _network(0, 2)
     operator = curvature.gauss_newton(_logits, params, batch)
@@ -341,6 +342,7 @@ def _decaying(rate):
     return loss
 
 
+@pytest.mark.slow
 def test_another_operator_on_the_same_arrays_is_not_gone_on_with(tmp_path, monkeypatch):
     """By name, by settings, and, where these say nothing, by what it makes of the first vector."""
     params, batch = _network(0)
