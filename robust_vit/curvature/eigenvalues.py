@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -82,9 +83,9 @@ def lanczos(
     complete invariant subspace is followed by a fresh direction, so neither rank deficiency nor multiplicity makes a NaN. The
     small projected problem is solved in float64 on the host.
 
-    Cost: up to `rank` applications (rounded up to whole looks and blocks; after a breakdown, which a real network does
-    not see, the rest of the steps until the next look idle), plus `top` with `verify`; memory of `rank + 3 block` vectors. One
-    compilation for each operator structure and rank, none for new batches, parameters or keys.
+    Cost: up to `rank` applications (rounded up to whole looks and blocks), plus `top` with `verify`, plus a block where a
+    folder is gone on with; memory of `rank + 3 block` vectors. One compilation for each operator structure and rank, none for new
+    batches, parameters or keys.
 
     A block costs fewer gradients a vector (`curvature.hessian`), and over a data set one pass of the data for all its vectors; in
     return the Krylov space is of a lower degree, so that more vectors are needed. It pays for data sets, and for clusters.
@@ -96,12 +97,13 @@ def lanczos(
       top: how many eigenvalues to return; no more than the dimension.
       which: `magnitude`, `largest`, `smallest`, or `both ends`: the largest, the smallest, the second largest, and so on.
       tolerance: relative residual at which a value counts as converged.
-      check_every: look every so many applications whether all `top` values have converged, and stop; None takes all.
+      check_every: look every so many applications whether all `top` values have converged, and stop (`settled`); None takes all.
       block: vectors a step.
       verify: compute the residuals outright from the Ritz vectors rather than by the Lanczos estimate.
       vectors: return the Ritz vectors too.
       first: like the operator's vectors with a leading axis `[block]`: what to start from, in place of a draw.
-      folder: where the decomposition is saved at each look. The same call goes on from what is there, to the same bytes.
+      folder: where the decomposition is saved at each look, or about every ten applications. The same call goes on from what
+        is there, to the same bytes.
 
     Raises:
       UserError: the operator returned a NaN or an infinity; the first vectors are zero or dependent; the folder is that of
@@ -114,32 +116,14 @@ def lanczos(
         raise errors.UserError(f"rank is {rank} for {top} eigenvalues: expected at least as many steps as eigenvalues.")
     if block < 1:
         raise errors.UserError(f"block is {block}: expected a whole number of vectors from 1.")
-    steps, chunk = krylov.counts(operator, rank, block, check_every)
+    steps, chunk = krylov.counts(operator, rank, block, check_every, saved=folder is not None)
     state = krylov.start(operator, key, rank=steps * block, block=block, first=first)
-    saved = None if folder is None else krylov.Saved(folder, operator, state)
-    try:
-        resumed = None if saved is None else saved.restore(state)
-        state, applications = (state, 0) if resumed is None else resumed
-        while True:
-            if resumed is None:
-                state = krylov.extend(operator, state, steps=chunk, donate=True)
-                applications += chunk * block
-                if saved is not None:
-                    saved.save(state, applications)
-            resumed = None
+    with contextlib.closing(krylov.looks(operator, state, steps=chunk, folder=folder)) as looks:
+        for look in looks:
+            state, applications = look
             found, coefficients, rows = solve(state, top, which, tolerance)
-            if int(state.size) == steps:
+            if check_every and settled(state, found, top, which, tolerance, random=first is None):
                 break
-            if state.broken:
-                # The residuals are zero here, and say nothing about the eigenvectors outside of the subspace.
-                state = krylov.revive(state)
-                if state.broken:
-                    break
-            elif check_every and len(found.values) == top and found.converged.all():
-                break
-    finally:
-        if saved is not None:
-            saved.close()
     if verify or vectors:
         eigenvectors = krylov.combine(state, rows, coefficients)
         if verify:
@@ -178,6 +162,42 @@ def solve(
     return found, coefficients[:, order], rows
 
 
+def settled(
+    state: krylov.Krylov, found: Eigenvalues, top: int, which: str, tolerance: float, *, random: bool = True
+) -> bool:
+    """Whether all values have converged and no further step is known to change them.
+
+    After an invariant subspace was complete, the rows since then are the Krylov space of a fresh direction, and what that has to
+    say of the `top` has to have converged too. A complete subspace that holds a random vector holds every eigenvalue of what was
+    outside before it; further copies of these are what may be left.
+
+    Args:
+      state: a decomposition.
+      found: its eigenvalues, as of `solve` with the arguments that follow.
+      top: how many were asked for.
+      which: the order.
+      tolerance: relative residual.
+      random: the first block was.
+    """
+    if len(found.values) < top or not found.converged.all():
+        return False
+    matrix, outward, rows = krylov.projected(state)
+    missing = ~outward.any(axis=0)
+    complete = np.flatnonzero(~np.asarray(state.beta)[: int(state.size) - 1].any(axis=(1, 2)))
+    since = np.searchsorted(rows, (complete[-1] + 1) * state.block) if len(complete) else 0
+    if not since and not missing.any():
+        return True
+    ritz, coefficients = scipy.linalg.eigh(matrix[since:, since:])
+    if missing.all():
+        everything = np.concatenate([found.ritz, np.repeat(ritz, top)])
+        unmoved = np.abs(everything[ORDERS[which](everything)[:top]] - found.values) <= found.noise
+        return bool(unmoved.all()) and (random or since > 0)
+    order = ORDERS[which](ritz)[:top]
+    residuals = np.linalg.norm(outward[since:].T @ coefficients[:, order], axis=0)
+    converged = residuals <= np.maximum(tolerance * np.abs(ritz[order]), found.noise)
+    return not missing.any() and len(order) == top and bool(converged.all())
+
+
 def _residuals(operator: operators.Operator, vectors: PyTree, values: jax.Array) -> jax.Array:
     values = values.astype(jax.tree.leaves(vectors)[0].dtype)
     if operators.by_host(operator):
@@ -192,4 +212,4 @@ def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree
 
 
 def _distance(image: PyTree, vector: PyTree, value: jax.Array) -> jax.Array:
-    return trees.norm(trees.add(image, vector, -value))
+    return bases.length(trees.add(image, vector, -value))

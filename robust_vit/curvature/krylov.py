@@ -1,10 +1,11 @@
-"""Block Lanczos decompositions on pytrees, with full reorthogonalisation: started, extended, revived, saved and gone on with."""
+"""Block Lanczos decompositions on pytrees, with full reorthogonalisation: started, extended, saved and gone on with."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.struct
@@ -14,15 +15,24 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from robust_vit import checkpoints, errors, files, loops, processes, programs, trees
+from robust_vit import checkpoints, errors, files, loops, mesh, processes, programs, trees
 from robust_vit.curvature import bases, operators, probes
 
 PyTree = Any
+# Vectors between two saves, where nobody looks for convergence.
+SAVE_EVERY = 10
 _IDENTITY = "identity.json"
+# What rounding, other devices included, makes of one product is far below this share of it.
+_SAME = 1e-3
+# How the work is cut up, not what it is.
+_CUTS = ("microbatch", "batches")
 
 
 class Krylov(flax.struct.PyTreeNode):
     """A Lanczos decomposition `A Q = Q T + (the following block) beta[-1]'`, as far as it has come. `block` is one or more.
+
+    Where an invariant subspace is complete, no next vector follows from a vector of it: a random direction, orthogonal to all,
+    takes its place. Several decompositions in lock-step have one more axis, before all others.
 
     Attributes:
       basis: like the vectors with a leading axis `[steps * block]`; orthonormal rows, or zeros: rows to come, and the rest of
@@ -34,30 +44,34 @@ class Krylov(flax.struct.PyTreeNode):
       kept: `[steps * block]`: which rows of the basis are vectors.
       scale: the largest `|A q|` met: a lower bound of |A|.
       size: steps done.
-      broken: the basis holds an invariant subspace, so that no next vector follows from a vector of it: further steps do nothing
-        until `revive` gives a fresh direction.
-      key: of the fresh directions.
+      broken: there is no room, or no direction is left: further steps do nothing.
+      key: of the random directions.
     """
 
     basis: PyTree
     following: PyTree
-    alpha: Float[Array, "steps block block"]
-    beta: Float[Array, "steps block block"]
-    kept: Bool[Array, " rows"]
-    scale: Float[Array, ""]
-    size: Int[Array, ""]
-    broken: Bool[Array, ""]
-    key: Key[Array, ""]
+    alpha: Float[Array, "*lanes steps block block"]
+    beta: Float[Array, "*lanes steps block block"]
+    kept: Bool[Array, "*lanes rows"]
+    scale: Float[Array, "*lanes"]
+    size: Int[Array, "*lanes"]
+    broken: Bool[Array, "*lanes"]
+    key: Key[Array, "*lanes"]
 
     @property
     def steps(self) -> int:
         """How many steps there is room for."""
-        return self.alpha.shape[0]
+        return self.alpha.shape[-3]
 
     @property
     def block(self) -> int:
         """Vectors a step."""
-        return self.alpha.shape[1]
+        return self.alpha.shape[-1]
+
+    @property
+    def width(self) -> int:
+        """Vectors that the operator is applied to in a step: a block of each of those in lock-step."""
+        return self.size.size * self.block
 
 
 def start(
@@ -67,7 +81,7 @@ def start(
 
     Args:
       operator: the map.
-      key: draws the first block, and fresh directions later.
+      key: draws the first block, and fresh directions later; several keys, `[lanes]`, start as many decompositions in lock-step.
       rank: vectors.
       block: vectors a step.
       first: the first block `[block, ...]` in place of the draw; of any length, linearly independent.
@@ -89,40 +103,55 @@ def start(
 
 
 def extend(operator: operators.Operator, krylov: Krylov, *, steps: int, donate: bool = False) -> Krylov:
-    """The decomposition after `steps` more steps: one application to a block each. Pure: jits and vmaps.
+    """The decomposition after `steps` more steps: one application to all its following vectors each. Pure: jits and vmaps.
 
-    Steps beyond the room that there is, or after an invariant subspace is complete, leave it as it is.
+    Steps beyond the room that there is leave it as it is.
 
     Args:
       operator: the map. One over a data set (`curvature.stream`) is applied by the host, one pass over the data a step.
-      krylov: the decomposition.
+      krylov: the decomposition, or several in lock-step.
       steps: how many.
       donate: give up the memory of `krylov`, which may not be used again.
     """
     if operators.by_host(operator):
         for _ in range(steps):
-            krylov = _absorb_in_place(krylov, operator.block(_narrow(krylov.following, operator.like)))
+            krylov = _absorb_in_place(krylov, _image(operator, krylov))
         return krylov
     return loops.repeat(_step, krylov, steps, operator, donate=donate)
 
 
-@jax.jit
-def revive(krylov: Krylov) -> Krylov:
-    """The decomposition with random directions, orthogonal to all, for those that are missing; unchanged unless it is broken.
+def looks(
+    operator: operators.Operator, krylov: Krylov, *, steps: int, folder: pathlib.Path | str | None = None
+) -> Iterator[tuple[Krylov, int]]:
+    """The decomposition every so many steps, until there is no room or no direction, and how many applications it took.
 
-    It stays broken where the basis spans everything.
+    Args:
+      operator: the map.
+      krylov: empty; its memory is given up, and so is that of each that follows.
+      steps: between two looks.
+      folder: where each is saved before it is handed out. The first is then what was saved last, if anything was.
+
+    Raises:
+      UserError: as `Saved`.
     """
-    key = jax.random.fold_in(krylov.key, krylov.size)
-    fresh = _draw(key, jax.tree.map(lambda rows: rows[0], krylov.basis), krylov.block)
-    missing = jax.vmap(trees.norm)(krylov.following) == 0
-    filled = jax.vmap(_choose, in_axes=(0, 0, 0))(missing, fresh, krylov.following)
-    # Those that are there already come first, so that they stay as they are.
-    order = jnp.argsort(missing, stable=True)
-    filled = jax.tree.map(lambda rows: rows[order], filled)
-    _, _, filled = bases.orthonormalise(krylov.basis, filled, jnp.ones_like(krylov.scale))
-    filled = jax.tree.map(lambda rows: rows[jnp.argsort(order)], filled)
-    following = _choose(krylov.broken, filled, krylov.following)
-    return krylov.replace(following=following, broken=krylov.broken & (trees.norm(following) == 0))
+    saved, applications = None if folder is None else Saved(folder, operator, krylov), 0
+    try:
+        found = None if saved is None else saved.restore(krylov)
+        if found is not None:
+            krylov, applications = found
+            yield krylov, applications
+        while not _ended(krylov):
+            # Where the host applies the operator, an idle step would be a pass over the data.
+            room = krylov.steps - int(jnp.min(krylov.size))
+            chunk = min(steps, room) if operators.by_host(operator) else steps
+            krylov = extend(operator, krylov, steps=chunk, donate=True)
+            applications += chunk * krylov.width
+            if saved is not None:
+                saved.save(krylov, applications)
+            yield krylov, applications
+    finally:
+        if saved is not None:
+            saved.close()
 
 
 def projected(krylov: Krylov) -> tuple[Float[np.ndarray, "rows rows"], Float[np.ndarray, "rows block"], np.ndarray]:
@@ -154,6 +183,14 @@ def projected(krylov: Krylov) -> tuple[Float[np.ndarray, "rows rows"], Float[np.
     return matrix[np.ix_(rows, rows)], outward[rows], rows
 
 
+def lanes(krylov: Krylov) -> list[Krylov]:
+    """Each of those in lock-step, or the one, on the host and without its vectors: what `projected` needs."""
+    small = mesh.fetch(krylov.replace(basis=None, following=None, key=None))
+    if not krylov.size.ndim:
+        return [small]
+    return [jax.tree.map(lambda leaf, lane=lane: leaf[lane], small) for lane in range(len(small.size))]
+
+
 def combine(krylov: Krylov, rows: np.ndarray, coefficients: Float[np.ndarray, "rows count"]) -> PyTree:
     """Vectors `[count, ...]` of the coefficients in these rows of the basis."""
     padded = np.zeros((krylov.kept.shape[0], coefficients.shape[1]))
@@ -176,10 +213,22 @@ def planned(
     return [dataclasses.replace(step, times=step.times * -(-steps // chunk))]
 
 
-def counts(operator: operators.Operator, rank: int, block: int, check_every: int | None) -> tuple[int, int]:
-    """Steps for `rank` vectors, no more than the dimension has, and the steps between two looks."""
+def counts(
+    operator: operators.Operator, rank: int, block: int, check_every: int | None, *, saved: bool = False
+) -> tuple[int, int]:
+    """Steps for `rank` vectors, no more than the dimension has, and the steps between two looks.
+
+    Args:
+      operator: the map.
+      rank: vectors.
+      block: vectors a step.
+      check_every: vectors between two looks; None has one look at the end, or, where it is saved, some of equal distance.
+      saved: whether what there is at a look is saved.
+    """
     steps = -(-min(rank, trees.count(operator.like)) // block)
-    return steps, max(1, min(steps, (check_every or steps * block) // block))
+    if check_every is None:
+        return steps, -(-steps // max(1, -(-steps * block // SAVE_EVERY))) if saved else steps
+    return steps, max(1, min(steps, check_every // block))
 
 
 class Saved:
@@ -187,7 +236,8 @@ class Saved:
 
     Args:
       folder: of one decomposition.
-      operator: whose; it is told apart from others by a checksum of its arrays.
+      operator: whose. It is told apart from others by its type and settings, by a checksum of its arrays (over a data set: of
+        the parameters), and, before it is gone on with, by its image of the first block.
       krylov: empty, with the shapes and the sharding of what is saved.
 
     Raises:
@@ -195,42 +245,76 @@ class Saved:
     """
 
     def __init__(self, folder: pathlib.Path | str, operator: operators.Operator, krylov: Krylov):
-        folder = pathlib.Path(folder)
-        identity = {"checksum": _checksum(operator, krylov), "steps": krylov.steps, "block": krylov.block}
-        self._store = checkpoints.Checkpoints(folder, keep=1)
-        path = folder / _IDENTITY
+        self._folder, self._operator = pathlib.Path(folder), operator
+        identity = {
+            "operator": _description(operator),
+            "checksum": _checksum(operator, krylov),
+            "steps": krylov.steps,
+            "block": krylov.block,
+        }
+        self._store = checkpoints.Checkpoints(self._folder, keep=1)
+        path = self._folder / _IDENTITY
         if processes.is_first() and not path.exists():
             files.write_json(path, identity)
         processes.barrier("decomposition")
         if files.read_json(path) != identity:
             self._store.close()
-            raise errors.UserError(
-                f"{folder} holds the decomposition of another operator, key, rank or block: give another folder, or remove it."
-            )
+            raise self._foreign()
 
     def restore(self, krylov: Krylov) -> tuple[Krylov, int] | None:
-        """The decomposition that was saved last and how many applications it took, or None."""
+        """The decomposition that was saved last and how many applications it took, or None. One application, not counted.
+
+        Raises:
+          UserError: the operator's image of the first block is not the one that was saved.
+        """
         found = self._store.restore(_plain(krylov))
-        return None if found is None else (_typed(found.state), int(found.metrics["applications"]))
+        if found is None:
+            return None
+        saved = _typed(found.state)
+        if not _is_of(saved, _image(self._operator, krylov)).all():
+            raise self._foreign()
+        return saved, int(found.metrics["applications"])
 
     def save(self, krylov: Krylov, applications: int) -> None:
         """Saves; returns when the arrays have been copied."""
-        self._store.save(int(krylov.size), _plain(krylov), metrics={"applications": applications})
+        self._store.save(int(jnp.max(krylov.size)), _plain(krylov), metrics={"applications": applications})
 
     def close(self) -> None:
         """Waits for what is being written."""
         self._store.close()
 
+    def _foreign(self) -> errors.UserError:
+        return errors.UserError(
+            f"{self._folder} holds the decomposition of another operator, key, rank or block: give another folder, or remove it."
+        )
+
 
 def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Krylov:
     """One step. The vector goes in by its number in the decomposition, so that the run may be cut anywhere."""
     del index
-    block = _narrow(krylov.following, operator.like)
-    if krylov.block == 1:
-        images = jax.tree.map(lambda leaf: leaf[None], operator(jax.tree.map(lambda leaf: leaf[0], block)))
+    return _absorb(krylov, _images(operator, krylov))
+
+
+def _image(operator: operators.Operator, krylov: Krylov) -> PyTree:
+    """What the operator makes of the vectors that follow, outside of a program."""
+    return _images(operator, krylov) if operators.by_host(operator) else _images_at_once(operator, krylov)
+
+
+def _images(operator: operators.Operator, krylov: Krylov) -> PyTree:
+    def flat(vectors: jax.Array, like: jax.Array) -> jax.Array:
+        return vectors.reshape(krylov.width, *like.shape).astype(like.dtype)
+
+    vectors = jax.tree.map(flat, krylov.following, operator.like)
+    if operators.by_host(operator):
+        images = operator.block(vectors)
+    elif krylov.width == 1:
+        images = jax.tree.map(lambda leaf: leaf[None], operator(jax.tree.map(lambda leaf: leaf[0], vectors)))
     else:
-        images = jax.vmap(operator)(block)
-    return absorb(krylov, images)
+        images = jax.vmap(operator)(vectors)
+    return jax.tree.map(lambda image, v: image.reshape(v.shape), images, krylov.following)
+
+
+_images_at_once = jax.jit(_images)
 
 
 def absorb(krylov: Krylov, images: PyTree) -> Krylov:
@@ -244,38 +328,70 @@ def absorb(krylov: Krylov, images: PyTree) -> Krylov:
     basis = jax.tree.map(lambda all_rows, v: all_rows.at[rows].set(v, mode="drop"), krylov.basis, following)
     images = jax.tree.map(lambda w, v: w.astype(v.dtype), images, following)
     dtype = krylov.alpha.dtype
-    scale = jnp.maximum(krylov.scale, jnp.max(jax.vmap(trees.norm)(images)).astype(dtype))
-    inside, beta, images = bases.orthonormalise(basis, images, scale)
+    # In units in which no square under- or overflows.
+    unit = bases.magnitude(images).astype(dtype)
+    images = bases.shrunk(images, unit)
+    scale = jnp.maximum(krylov.scale, unit * jnp.max(jax.vmap(trees.norm)(images)).astype(dtype))
+    like = jax.tree.map(lambda all_rows: all_rows[0], basis)
+
+    def fresh() -> PyTree:
+        drawn = jax.vmap(lambda number: probes.draw_again(krylov.key, number, like))(rows)
+        return trees.scale(1.0 / np.sqrt(trees.count(like)), drawn)
+
+    # The last of all needs none to follow it.
+    wanted = active & (krylov.size + 1 < krylov.steps)
+    inside, beta, images = bases.orthonormalise(basis, images, scale / unit, fresh=fresh, wanted=wanted)
     alpha = inside.at[:, rows].get(mode="fill", fill_value=0)
     return krylov.replace(
         basis=basis,
         following=_choose(active, images, following),
-        alpha=krylov.alpha.at[position].set(alpha.astype(dtype), mode="drop"),
-        beta=krylov.beta.at[position].set(beta.astype(dtype), mode="drop"),
+        alpha=krylov.alpha.at[position].set(unit * alpha.astype(dtype), mode="drop"),
+        beta=krylov.beta.at[position].set(unit * beta.astype(dtype), mode="drop"),
         # A NaN is no zero, so that it is reported.
         kept=krylov.kept.at[rows].set(jax.vmap(trees.norm)(following) != 0, mode="drop"),
         scale=jnp.where(active, scale, krylov.scale),
         size=krylov.size + active,
-        broken=jnp.where(active, jnp.any(jax.vmap(trees.norm)(images) == 0), krylov.broken),
+        broken=jnp.where(active, trees.norm(images) == 0, krylov.broken),
     )
+
+
+def _absorb(krylov: Krylov, images: PyTree) -> Krylov:
+    return jax.vmap(absorb)(krylov, images) if krylov.size.ndim else absorb(krylov, images)
+
+
+@jax.jit
+def _ended(krylov: Krylov) -> jax.Array:
+    return jnp.all((krylov.size == krylov.steps) | krylov.broken)
+
+
+@jax.jit
+def _is_of(krylov: Krylov, images: PyTree) -> jax.Array:
+    """Whether these are the images of the first block."""
+    if krylov.size.ndim:
+        return jax.vmap(_is_of)(krylov, images)
+    block = krylov.block
+    first = jax.tree.map(lambda rows: rows[:block], krylov.basis)
+    second = krylov.following
+    if krylov.steps > 1:
+        rows = jax.tree.map(lambda rows: rows[block : 2 * block], krylov.basis)
+        second = _choose(krylov.size > 1, rows, second)
+    saved = trees.add(bases.combine(first, krylov.alpha[0].T), bases.combine(second, krylov.beta[0].T))
+    # A NaN is no difference, so that it is reported as what it is.
+    return ~(bases.length(trees.add(saved, images, -1.0)) > _SAME * bases.length(images))
 
 
 @jax.jit
 def _begin(krylov: Krylov, first: PyTree) -> Krylov:
-    unit = jax.vmap(trees.unit)(first)
+    unit = jax.vmap(bases.unit)(first)
     _, _, unit = bases.orthonormalise(krylov.basis, unit, jnp.ones_like(krylov.scale))
     return krylov.replace(following=unit)
 
 
-_absorb_in_place = jax.jit(absorb, donate_argnums=0)
+_absorb_in_place = jax.jit(_absorb, donate_argnums=0)
 
 
 def _choose(condition: jax.Array, one: PyTree, other: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
-
-
-def _narrow(vectors: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda v, leaf: v.astype(leaf.dtype), vectors, like)
 
 
 def _draw(key: jax.Array, like: PyTree, block: int) -> PyTree:
@@ -311,7 +427,8 @@ def start_like(like: PyTree, key: jax.Array, rank: int, block: int = 1) -> Krylo
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _start(like: PyTree, key: jax.Array, rank: int, block: int, placement: tuple[NamedSharding, ...] | None) -> Krylov:
-    krylov = start_like(like, key, rank, block)
+    begin = functools.partial(start_like, like, rank=rank, block=block)
+    krylov = jax.vmap(begin)(key) if key.ndim else begin(key)
     if placement is None:
         return krylov
     return jax.lax.with_sharding_constraint(krylov, _shardings(krylov, placement))
@@ -328,7 +445,10 @@ def _shardings(krylov: Krylov, placement: tuple[NamedSharding, ...]) -> Krylov:
     """Vectors lie as the leaves of `like` do, and what is small everywhere."""
     structure = jax.tree.structure(krylov.following)
     whole = NamedSharding(placement[0].mesh, PartitionSpec())
-    rows = jax.tree.unflatten(structure, [NamedSharding(one.mesh, PartitionSpec(None, *one.spec)) for one in placement])
+    before = [None] * (krylov.size.ndim + 1)
+    rows = jax.tree.unflatten(
+        structure, [NamedSharding(one.mesh, PartitionSpec(*before, *one.spec)) for one in placement]
+    )
     return jax.tree.map(lambda _: whole, krylov).replace(basis=rows, following=rows)
 
 
@@ -340,6 +460,26 @@ def _plain(krylov: Krylov) -> dict[str, Any]:
 
 def _typed(state: dict[str, Any]) -> Krylov:
     return Krylov(**{**state, "key": jax.random.wrap_key_data(state["key"])})
+
+
+def _description(value: Any) -> str:
+    """What an operator is and is set to: names and numbers, of arrays the shape; nothing that another process calls otherwise."""
+    if isinstance(value, functools.partial):
+        arguments = [*map(_description, value.args), _description(value.keywords)]
+        return f"{_description(value.func)}({', '.join(arguments)})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+        return f"{_description(type(value))}{_description(fields)}"
+    if isinstance(value, Mapping):
+        return str({str(name): _description(one) for name, one in value.items() if name not in _CUTS})
+    if isinstance(value, list | tuple):
+        return str([_description(one) for one in value])
+    if value is None or isinstance(value, bool | int | float | complex | str):
+        return repr(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _checksum(operator: operators.Operator, krylov: Krylov) -> int:

@@ -73,8 +73,7 @@ def lanczos(
 
     `robust_vit.curvature.lanczos` for every example at the same time: one application serves them all, and each has a basis,
     a tridiagonal matrix and a convergence of its own. An example's result depends on its own block and key alone: it is taken
-    when the example has converged, whatever the others do after that, and an example whose invariant subspace is complete idles
-    on zeros.
+    when the example has converged, whatever the others do after that.
 
     Cost: up to `rank` applications, rounded up to a multiple of `check_every`, plus `top` with `verify`; memory of `rank + 3`
     batches of vectors. One compilation for each operator structure, batch size and rank.
@@ -86,8 +85,8 @@ def lanczos(
       top: how many eigenvalues of each example; no more than its dimension.
       which: `magnitude`, `largest`, `smallest`, or `both ends`: the largest, the smallest, the second largest, and so on.
       tolerance: relative residual at which a value counts as converged.
-      check_every: look every so many steps which examples have converged, and stop when all have; None takes all steps. One value
-        of an end is then taken from the first invariant subspace, which has it; a second copy of it would not be looked for.
+      check_every: look every so many steps which examples have converged (`eigenvalues.settled`), and stop when all have; None
+        takes all steps.
       verify: compute the residuals outright from the Ritz vectors rather than by the Lanczos estimate.
       vectors: return the Ritz vectors too.
 
@@ -108,33 +107,25 @@ def lanczos(
         raise errors.UserError(f"rank is {rank} for {top} eigenvalues: expected at least as many steps as eigenvalues.")
     rank = min(rank, dimension)
     chunk = min(check_every or rank, rank)
-    # Of each end one value: a subspace that holds the starting vector holds it, and only a copy of it can be outside.
-    simple = check_every is not None and top <= (2 if which == "both ends" else 1)
     state = _start(operator.like, keys, rank, _placement(operator.like))
     found: list[eigenvalues.Eigenvalues | None] = [None] * batch
     coefficients = np.zeros((batch, rank, top))
-    sizes = np.zeros(batch, np.int64)
     applications = 0
     while True:
         state = loops.repeat(_step, state, chunk, operator, donate=True)
         applications += chunk
-        small = mesh.fetch(_small(state))
+        examples = krylov.lanes(state)
         for example in [index for index, one in enumerate(found) if one is None]:
-            one = jax.tree.map(lambda leaf, i=example: leaf[i], small)
-            size, before = int(one.size), sizes[example]
-            sizes[example] = size
+            one = examples[example]
+            size = int(one.size)
             if not (np.isfinite(one.alpha[:size]).all() and np.isfinite(one.scale)):
                 raise operators.not_finite(example=example)
-            if size < top:
-                continue
             result, parts, rows = eigenvalues.solve(one, top, which, tolerance)
-            # Without progress there is no fresh direction left.
-            spent = size in (rank, before)
-            if spent or (check_every and result.converged.all() and (simple or not one.broken)):
+            spent = size == rank or one.broken
+            if spent or (check_every and eigenvalues.settled(one, result, top, which, tolerance)):
                 found[example], coefficients[example, rows] = result, parts
         if all(one is not None for one in found):
             break
-        state = _revive(state)
     chosen = [one for one in found if one is not None]
     values = np.stack([one.values for one in chosen])
     residuals, noise = np.stack([one.residuals for one in chosen]), np.asarray([one.noise for one in chosen])
@@ -280,18 +271,13 @@ def _start(like: PyTree, keys: jax.Array, rank: int, placement: NamedSharding | 
     return jax.lax.with_sharding_constraint(state, jax.tree.map(lambda _: placement, state))
 
 
-_revive = jax.jit(jax.vmap(krylov.revive))
 _combine = jax.jit(jax.vmap(bases.combine))
-
-
-def _small(state: krylov.Krylov) -> krylov.Krylov:
-    return state.replace(basis=None, following=None, key=None)
 
 
 def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree, values: jax.Array) -> jax.Array:
     vector = jax.tree.map(lambda rows: rows[:, index], vectors)
     image = operator(jax.tree.map(lambda v, like: v.astype(like.dtype), vector, operator.like))
-    norms = jax.vmap(lambda image, v, value: trees.norm(trees.add(image, v, -value)))(image, vector, values[:, index])
+    norms = jax.vmap(lambda image, v, value: bases.length(trees.add(image, v, -value)))(image, vector, values[:, index])
     return total.at[:, index].set(norms.astype(total.dtype))
 
 

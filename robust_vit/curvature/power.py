@@ -87,7 +87,7 @@ def power_iteration(
         found = jax.tree.map(lambda rows, v, i=index: rows.at[i].set(v), found, vector)
     for index in range(top):
         vector = jax.tree.map(lambda rows, i=index: rows[i], found)
-        residuals[index] = trees.norm(trees.add(operator(vector), vector, -values[index]))
+        residuals[index] = bases.length(trees.add(operator(vector), vector, -values[index]))
     noise = float(bases.BREAKDOWN * jnp.finfo(jnp.result_type(*jax.tree.leaves(found))).eps * scale)
     return eigenvalues.Eigenvalues(
         values=values,
@@ -105,11 +105,11 @@ def power_iteration(
 def _measures(vector: PyTree, image: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The quotient `v'Av` of a unit vector, `|Av - (v'Av) v|`, and `|Av|`."""
     quotient = trees.dot(vector, image)
-    return quotient, trees.norm(trees.add(image, vector, -quotient)), trees.norm(image)
+    return quotient, bases.length(trees.add(image, vector, -quotient)), bases.length(image)
 
 
 @jax.jit
 def _normalised(vector: PyTree, found: PyTree) -> PyTree:
     """The unit vector of what is outside of those found; zero where nothing is."""
-    _, vector = bases.orthogonalise_twice(found, vector)
+    _, vector = bases.orthogonalise_twice(found, bases.shrunk(vector, bases.magnitude(vector)))
     return trees.unit(vector)

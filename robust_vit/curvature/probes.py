@@ -26,9 +26,14 @@ def draw(key: Key[Array, ""], like: PyTree) -> PyTree:
       key: of the draw.
       like: gives structure, shapes and dtypes, which are float32 or float64.
     """
-    leaves, structure = jax.tree.flatten(like)
-    pairs = zip(seeds(key, like), leaves, strict=True)
-    return jax.tree.unflatten(structure, [_leaf(seed, leaf) for seed, leaf in pairs])
+    return _of_seeds(seeds(key, like), like)
+
+
+def draw_again(key: Key[Array, ""], number: jax.Array, like: PyTree) -> PyTree:
+    """A draw of the same kind for each number, with no threefry at all: for the body of a loop, where that is most to compile."""
+    words = jax.random.key_data(key).astype(jnp.uint32)
+    first = _mix(_mix(_names(like) + words[0]) + number.astype(jnp.uint32))
+    return _of_seeds(jnp.stack([first, _mix(first + words[-1])], axis=1), like)
 
 
 def signs(key: Key[Array, ""], like: PyTree) -> PyTree:
@@ -52,8 +57,16 @@ def normal(seed: jax.Array, like: jax.Array) -> jax.Array:
 
 def seeds(key: Key[Array, ""], like: PyTree) -> jax.Array:
     """Two words of each leaf, `[leaves, 2]`, from the key and the leaf's path."""
-    names = np.asarray([zlib.crc32(path.encode()) for path in trees.paths(like)], np.uint32)
-    return jax.vmap(lambda name: jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32))(names)
+    return jax.vmap(lambda name: jax.random.bits(jax.random.fold_in(key, name), (2,), jnp.uint32))(_names(like))
+
+
+def _names(like: PyTree) -> np.ndarray:
+    return np.asarray([zlib.crc32(path.encode()) for path in trees.paths(like)], np.uint32)
+
+
+def _of_seeds(seeds: jax.Array, like: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(structure, [_leaf(seed, leaf) for seed, leaf in zip(seeds, leaves, strict=True)])
 
 
 def _leaf(seed: jax.Array, like: jax.Array) -> jax.Array:

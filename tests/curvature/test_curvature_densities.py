@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from robust_vit import curvature, errors
-from robust_vit.curvature import operators
+from robust_vit.curvature import krylov, operators
 
 KEY = jax.random.key(0)
 
@@ -29,6 +31,85 @@ def test_each_probe_is_the_quadrature_of_its_own_measure():
         few, all_ = ((one.weights * one.nodes**power).sum(axis=1) for one in (found, again))
         np.testing.assert_allclose(few, all_, atol=2e-5 * 2.0**power)
     assert found.applications == 15
+
+
+def test_low_rank_takes_no_more_applications_than_asked_for():
+    found = curvature.density(_with_spectrum(np.r_[np.zeros(75), 1.0, 2.0, 3.0, 4.0, 5.0]), KEY, rank=50, probes=2)
+    assert found.applications == 100
+    np.testing.assert_allclose(found.weights.sum(axis=1), 1.0, atol=1e-6)
+
+
+class _Counted(list):
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def _loss(params, batch):
+    return jnp.mean(jnp.log1p(jnp.exp(-batch["y"] * (jnp.tanh(batch["x"] @ params["u"]) @ params["w"]))))
+
+
+def _streamed(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    params = {"u": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "w": jnp.asarray(rng.normal(size=3), jnp.float32)}
+    batches = _Counted(
+        {
+            "x": jnp.asarray(rng.normal(size=(n, 4)), jnp.float32),
+            "y": jnp.asarray(rng.choice([-1.0, 1.0], n), jnp.float32),
+        }
+        for n in (5, 3)
+    )
+    return curvature.stream(functools.partial(curvature.hessian, _loss, params, separable=False), batches), batches
+
+
+@pytest.mark.slow
+def test_over_a_data_set_all_probes_share_each_pass(tmp_path, monkeypatch):
+    operator, batches = _streamed()
+    options = {"rank": 12, "probes": 5}
+    batches.passes = 0
+    found = curvature.density(operator, KEY, **options)
+    assert batches.passes == 12
+    assert found.applications == 60
+    for block, passes in ((1, 60), (2, 36)):
+        batches.passes = 0
+        other = curvature.density(operator, KEY, block=block, **options)
+        assert batches.passes == passes
+        np.testing.assert_allclose(other.nodes, found.nodes, atol=2e-5)
+        np.testing.assert_allclose(other.weights.sum(axis=1), 1.0, atol=1e-6)
+        for power in (1, 2, 3):
+            moments = [(one.weights * one.nodes**power).sum(axis=1) for one in (other, found)]
+            np.testing.assert_allclose(*moments, atol=1e-6)
+    # Killed after two looks of six steps, it goes on to the same bytes; another stream is refused.
+    extend, looks = krylov.extend, []
+
+    def killed(*arguments, **keywords):
+        looks.append(1)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return extend(*arguments, **keywords)
+
+    monkeypatch.setattr(krylov, "extend", killed)
+    with pytest.raises(KeyboardInterrupt):
+        curvature.density(operator, KEY, folder=tmp_path, **options)
+    monkeypatch.setattr(krylov, "extend", extend)
+    batches.passes = 0
+    again = curvature.density(operator, KEY, folder=tmp_path, **options)
+    assert batches.passes == 7  # One to see that it is the same operator.
+    np.testing.assert_array_equal(again.nodes, found.nodes)
+    np.testing.assert_array_equal(again.weights, found.weights)
+    with pytest.raises(errors.UserError, match="another operator"):
+        curvature.density(_streamed(1)[0], KEY, folder=tmp_path, **options)
+
+
+def test_probes_in_lock_step_are_those_one_by_one():
+    operator = _with_spectrum(np.r_[np.linspace(-1, 2, 20), np.zeros(20)])
+    one, four = (curvature.density(operator, KEY, rank=30, probes=4, block=block) for block in (None, 4))
+    assert one.applications == four.applications == 120
+    for power in (1, 2, 9):
+        moments = [(each.weights * each.nodes**power).sum(axis=1) for each in (one, four)]
+        np.testing.assert_allclose(*moments, atol=2e-6 * 2.0**power)
 
 
 def test_clusters_and_pairs_keep_their_shares():
@@ -103,6 +184,6 @@ def test_a_density_of_a_pytree_and_of_one_probe():
 
 
 def test_mistakes_say_what_to_do():
-    for options in ({"rank": 0}, {"probes": 0}):
+    for options in ({"rank": 0}, {"probes": 0}, {"block": 0}):
         with pytest.raises(errors.UserError, match=f"{next(iter(options))} is 0"):
             curvature.density(operators.Symmetric(jnp.eye(3)), KEY, **options)

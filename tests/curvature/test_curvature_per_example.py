@@ -90,6 +90,25 @@ def test_both_ends_stop_when_each_example_has_them_and_a_flat_one_stays_zero():
     assert np.isfinite(found.vectors).all()
 
 
+def rectified(inputs, labels, kernel):
+    return losses.cross_entropy(jax.nn.relu(inputs.reshape(len(inputs), -1) @ kernel), labels)
+
+
+def test_rectified_networks_take_no_more_applications_than_asked_for():
+    """Whose input Hessians have the rank of the classes at most."""
+    inputs, labels, kernel = make()
+    operator = curvature.input_hessian(rectified, inputs, labels, kernel)
+    found = curvature.example_eigenvalues(operator, keys(5), rank=10, top=3)
+    assert found.applications == 10
+    assert (found.steps == 10).all()
+    each = [jax.hessian(lambda x, i=i: rectified(x[None], labels[i : i + 1], kernel)[0])(inputs[i]) for i in range(5)]
+    exact = np.linalg.eigvalsh(np.asarray(each, np.float64).reshape(5, DIMENSION, DIMENSION))
+    np.testing.assert_allclose(found.values, exact[:, ::-1][:, :3], atol=2e-6 * exact.max())
+    looked = curvature.example_eigenvalues(operator, keys(5), rank=10, top=2, which="largest", check_every=5)
+    np.testing.assert_allclose(looked.values, exact[:, ::-1][:, :2], atol=2e-6 * exact.max())
+    assert looked.applications <= 10
+
+
 def test_an_examples_result_is_its_own_in_any_company():
     inputs, labels, kernel = make(6)
     options = {"rank": 9, "top": 2, "which": "both ends", "check_every": 2, "tolerance": 1e-1}

@@ -76,6 +76,15 @@ def test_a_map_to_zero_and_one_of_low_rank_end():
     assert np.isfinite(found.residuals).all()
 
 
+def test_eigenvalues_whose_squares_underflow_are_found():
+    operator = operators.Symmetric(jnp.diag(jnp.asarray([3e-23, 1e-23, 0.0], jnp.float32)))
+    found = curvature.power_iteration(operator, KEY, top=1)
+    np.testing.assert_allclose(found.values, [3e-23], rtol=1e-5)
+    assert found.converged.all()
+    assert 0 < found.residuals[0] < 3e-26
+    assert not curvature.power_iteration(operator, KEY, top=1, steps=1).converged.any()
+
+
 def test_mistakes_say_what_to_do():
     operator = operators.Symmetric(jnp.eye(3))
     for options, message in (({"rule": "change"}, "residual"), ({"top": 0}, "top is 0"), ({"steps": 0}, "steps is 0")):
