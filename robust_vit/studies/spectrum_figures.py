@@ -55,7 +55,7 @@ def ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             axis.set_title(run, fontsize=10, pad=4)
             words = [_words(findings[run].summary, phase, named=len(phases) > 1) for phase in reversed(phases)]
             axis.set_title("\n".join(words), loc="right", fontsize=9, fontweight="normal", pad=4)
-        axes[-1, 0].set_xlabel(f"Hessian eigenvalue of a mini-batch (top {_top(findings)} by magnitude)")
+        axes[-1, 0].set_xlabel(f"Hessian eigenvalue of a mini-batch, in nats (top {_top(findings)} by magnitude)")
     return figure
 
 
@@ -118,7 +118,7 @@ def blocks(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             axis.set_ylim(len(entries) - 0.5, -0.5)
             axis.set_xscale("log")
             axis.set_title(run)
-            axis.set_xlabel("|λ| of a mini-batch, in the block")
+            axis.set_xlabel("|λ| in the block (nats)")
             plots.legend(axis, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
     return figure
 
@@ -178,7 +178,8 @@ def _density(points: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
     """Kernel density reflected at zero, so that smoothing moves no mass across the sign; None of points that are all one."""
     if np.ptp(points) <= 1e-6:
         return None
-    width = 0.25 * max(points.std(), 1e-3)
+    # Of magnitudes: two signs far from zero are no reason to blur either.
+    width = max(0.35 * np.abs(points).std(), 0.05)
     kernels = scipy.stats.norm.pdf((grid[:, None] - points) / width) + scipy.stats.norm.pdf(
         (grid[:, None] + points) / width
     )
