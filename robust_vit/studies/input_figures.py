@@ -82,7 +82,7 @@ def distributions(findings: Mapping[str, study.Finding], output: str) -> matplot
         plots.confidence(axes[1, 0])
         axes[1, 0].tick_params(axis="x", labelsize=8)
         _diagonal(axes[1, 1], any((-f.records["bottom"] > f.records["noise"]).any() for f in findings.values()))
-        plots.legend(axes[0, 0], loc="upper left")
+        plots.legend(axes[0, 0], loc="best")
     return figure
 
 
