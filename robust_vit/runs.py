@@ -282,11 +282,17 @@ def subject(
         threat=config.threat or None,
         weight_decay=config.optimizer.weight_decay,
         label_smoothing=config.objective.get("label_smoothing", 0.0),
+        mixing=_mixing(config.objective),
         seed=config.seed,
         mesh=setup.mesh,
         history=dict(history or {}),
         warmup=setup.warmup,
     )
+
+
+def _mixing(objective: ml_collections.ConfigDict) -> dict[str, float]:
+    found = {"mixup": objective.get("mixup", 0.0), "cutmix": objective.get("cutmix", 0.0)}
+    return {**found, "switch": objective.get("mix_switch", 0.5)} if any(found.values()) else {}
 
 
 def _milestones(asked: tuple, *, steps: int, warmup: int, epoch: int) -> frozenset[int]:

@@ -84,7 +84,7 @@ def _panels(densities: Densities, summaries: Mapping[str, Mapping[str, Any]], dr
                 f"negative mass of the loss {summary['negative_mass_of_loss']['value']:.0%}",
             )
             axis.set_title("\n".join(words), loc="right", fontsize=9, fontweight="normal")
-            axis.set_xlabel("eigenvalue")
+            axis.set_xlabel("eigenvalue (nats)")
             plots.legend(axis, loc="upper right")
         for spare in axes.flat[len(densities) :]:
             spare.set_visible(False)

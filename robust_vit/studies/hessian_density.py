@@ -14,15 +14,15 @@ from matplotlib import figure as matplotlib_figure
 from robust_vit import classifier as classifiers
 from robust_vit import curvature, errors, programs, tables, trees
 from robust_vit.metrics import statistics
-from robust_vit.studies import density_figures, forward, spectrum_tables, study, training_loss
+from robust_vit.studies import density_figures, spectrum_tables, study, training_loss
 
 _PURPOSE = 0x64656E73  # "dens": keeps the probes apart from every other draw under the same seed.
-_EARLY = "early/"
+_EARLY = training_loss.EARLY
 _OPERATORS = ("hessian", "gauss_newton")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HessianDensity(study.Study):
+class HessianDensity(training_loss.TrainingLossStudy):
     """The spectral density of the Hessian of the training loss on one batch, by stochastic Lanczos quadrature.
 
     Protocol of Ghorbani et al. 2019 (arXiv 1901.10159) and of PyHessian (Yao et al. 2020, arXiv 1912.07145): random probes, a
@@ -31,6 +31,9 @@ class HessianDensity(study.Study):
     of the augmented training stream in place of the training set; NLL + L2 in evaluation mode, as in `hessian_spectrum`, whose
     departures hold here too; probes uniform rather than Gaussian. Two shares of negative eigenvalues are told apart: by number
     among all eigenvalues, and by magnitude.
+
+    The first figure has the form of theirs (density against eigenvalue, logarithmic) and stands for no single one: theirs are of
+    whole training sets and other networks, and of none was there a curve or a number to compare with. The second is ours.
 
     Attributes:
       batch: images, all of which each product is a mean over.
@@ -41,6 +44,7 @@ class HessianDensity(study.Study):
         tells no single eigenvalues apart there. The rounding of the arithmetic, where that is more.
       label_smoothing: of the loss, or None for the subject's; of no effect on Gauss-Newton.
       weight_decay: of the L2 term, or None for the subject's.
+      mixed: mix images and labels as the training of the subject does (`objective.mixup`, `objective.cutmix`), where it does.
       microbatch: images differentiated at a time; None for the batch at once; or "auto", as many as there is memory for.
       early: measure the first kept checkpoint after the warm-up as well (`checkpoint.milestones`): twice the cost.
     """
@@ -62,7 +66,8 @@ class HessianDensity(study.Study):
         ),
     }
 
-    automatic: ClassVar[str] = "microbatch"
+    counts: ClassVar[Mapping[str, int]] = {"batch": 1, "probes": 2, "rank": 2}
+    later: ClassVar[Mapping[str, Any]] = {"mixed": True}
 
     batch: int = 128
     probes: int = 6
@@ -71,29 +76,16 @@ class HessianDensity(study.Study):
     floor: float = 1e-3
     label_smoothing: float | None = None
     weight_decay: float | None = None
+    mixed: bool = True
     microbatch: int | str | None = None
     early: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("batch", 1), ("probes", 2), ("rank", 2)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                # The batch is what is measured, so memory cannot choose it: it chooses the part differentiated at a time.
-                hint = ' (microbatch="auto" is what saves memory here)' if value == programs.AUTO else ""
-                raise errors.UserError(f"{name} is {value!r}: expected a whole number from {least}{hint}.")
         if self.operator not in _OPERATORS:
             raise errors.unknown("operator", self.operator, _OPERATORS)
         if not 0 <= self.floor < 1:
             raise errors.UserError(f"floor is {self.floor!r}: expected a share of the largest magnitude in [0, 1).")
-
-    def looks_back(self, subject: study.Subject) -> tuple[int, ...]:
-        """The early step, where it is asked for and there is one."""
-        return tuple(step for step in training_loss.phases(subject, self.early) if step is not None)
-
-    def applicable(self, subject: study.Subject) -> str | None:
-        """Needs parameters and a training stream."""
-        return training_loss.unavailable(subject)
 
     def chunks(self, subject: study.Subject) -> int:
         """One a probe."""
@@ -102,32 +94,21 @@ class HessianDensity(study.Study):
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """A product counts as two forward and two backward passes an image; the loss is one more."""
-        spectra = len(training_loss.phases(subject, self.early)) * self.probes
+        spectra = len(self._phases(subject)) * self.probes
         rank = min(self.rank, trees.count(subject.classifier.params))
         products = 2 * spectra * rank * self.batch
         return products + spectra * self.batch, products
 
-    def most(self, subject: study.Subject) -> int:
-        """The batch."""
-        del subject
-        return self.batch
-
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Lanczos over the batch, and its loss."""
-        batch = training_loss.batch_shapes(subject, self.batch)
+        batch = self._batch_shapes(subject, self.batch)
         classifier = classifiers.in_float32(subject.classifier)
         planned = curvature.programs(self._operator(subject, classifier, batch), rank=self.rank)
         planned.append(
             programs.Program("loss", training_loss.value, (classifier, batch), times=1, static=(self._loss(subject),))
         )
-        times = len(training_loss.phases(subject, self.early)) * self.probes
+        times = len(self._phases(subject)) * self.probes
         return [dataclasses.replace(one, times=one.times * times) for one in planned]
-
-    def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
-        return training_loss.MeanLoss(training_loss.smoothing(subject, self.label_smoothing))
-
-    def _decay(self, subject: study.Subject) -> float:
-        return training_loss.decay(subject, self.weight_decay)
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
         options = {"microbatch": self.microbatch, "weight_decay": self._decay(subject)}
@@ -138,9 +119,8 @@ class HessianDensity(study.Study):
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Nodes, weights and residuals of one probe: one record."""
-        batch = forward.training_examples(subject.train, 0, self.batch)
-        inputs = subject.put({"image": batch["image"], "label": batch["label"]})
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index)
+        batch = self._mini_batch(subject, 0, self.batch)
+        inputs, key = training_loss.inputs(subject, batch), training_loss.draw(subject, _PURPOSE, index)
         records = {
             "row": np.asarray([index], np.int32),
             "label": np.asarray([-1], np.int32),
@@ -148,7 +128,9 @@ class HessianDensity(study.Study):
             "weight_decay": np.asarray([self._decay(subject)], np.float64),
             "parameters": np.asarray([trees.count(subject.classifier.params)], np.int64),
         }
-        for step in training_loss.phases(subject, self.early):
+        if "share" in batch:
+            records["share"] = batch["share"][:1]
+        for step in self._phases(subject):
             classifier = training_loss.model(subject, step)
             operator = self._operator(subject, classifier, inputs)
             # All Ritz values, so that each has a residual.
@@ -181,16 +163,7 @@ class HessianDensity(study.Study):
             f"Intervals are over {len(records['row'])} probes of one batch of {records['rows'].shape[1]} images: they do not "
             "hold the spread over batches.",
         )
-        if f"{_EARLY}nodes" in records:
-            early = self._summarise_phase(records, _EARLY)
-            summary["caveats"] += [f"In the early phase: {caveat}" for caveat in early.pop("caveats")]
-            summary["early"] = {"step": int(records[f"{_EARLY}step"][0]), **early}
-        elif self.early:
-            summary["caveats"].append(
-                "The run kept no checkpoint after its warm-up and before this one (checkpoint.milestones), so that only this one "
-                "was measured."
-            )
-        return summary
+        return self._with_early(summary, records, lambda prefix: self._summarise_phase(records, prefix))
 
     def _summarise_phase(self, records: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
         found = density(records, prefix)
@@ -267,15 +240,16 @@ class HessianDensity(study.Study):
             f"of rank {self.rank}. Negative eigenvalues: share of all by number, beyond {self.floor:g} of the largest magnitude; "
             "negative mass: their share by magnitude. Effective rank: (Σ|λ|)² / Σλ². 95 % bootstrap intervals over probes; of "
             "the two ends the residual, within which there is an eigenvalue."
-        )
+        ) + training_loss.mixed(findings)
         title = f"Spectrum of the {_words(self.operator)}"
         return {"hessian_density": spectrum_tables.densities(findings, title=title, caption=caption)}
 
     def compare(self, first: study.Finding, second: study.Finding) -> list[study.Comparison]:
         """Differences of the trace and of the negative share, where both runs saw the same images."""
-        left, right = study.pair(first, second)
-        if len(left) < 2 or not np.array_equal(first.records["rows"][left], second.records["rows"][right]):
+        rows = training_loss.paired(first, second)
+        if rows is None:
             return []
+        left, right = rows
         compared = []
         for words, format, number in (
             (f"trace of the {_words(self.operator)} of the loss", "+.3g", _traces),

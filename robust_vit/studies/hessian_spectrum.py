@@ -15,28 +15,26 @@ from robust_vit import classifier as classifiers
 from robust_vit import curvature, errors, programs, tables, trees
 from robust_vit.curvature import per_example
 from robust_vit.metrics import statistics
-from robust_vit.studies import forward, spectrum_figures, spectrum_tables, study, training_loss
+from robust_vit.studies import spectrum_figures, spectrum_numbers, spectrum_tables, study, training_loss
 
 _PURPOSE = 0x68657373  # "hess": keeps the starting vectors apart from every other draw under the same seed.
 _CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
-_EARLY = "early/"  # Before the names of the records of the early phase.
-# Settings that came later: left out of `settings()` where they are off, so that an older result still answers the same question.
-_LATER = {"early": False, "overlaps": False, "blocks": False, "together": 1}
+_EARLY = training_loss.EARLY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HessianSpectrum(study.Study):
+class HessianSpectrum(training_loss.TrainingLossStudy):
     """Top eigenvalues of the Hessian of the training loss, one mini-batch at a time, pooled into a density.
 
     Protocol of Park & Kim 2022 (arXiv 2202.06709, figures 1c and 4; their code for it was never released): mini-batches of
-    16 of the *augmented training stream*, objective NLL + L2, the five eigenvalues of largest magnitude of each, their
-    density over mini-batches, NEP = share of negative ones and APE = mean of the positive ones; at the end of training and, with
-    `early`, at the end of the warm-up. Departures: Lanczos with
-    residuals in place of PyHessian's power iteration with deflation (100 iterations, relative tolerance 1e-3, which returns
-    λ2 for λ1 where they are close); ten mini-batches in place of a tenth of the training set; BatchNorm uses its running
-    statistics and dropout is off, so that the operator is one linear map; mixed labels (mixup, cutmix) are left out. The L2
-    term adds the weight decay to every eigenvalue exactly, over all parameters; decoupled decay (AdamW) is shifted by the
-    same number, though it is no part of a loss. A value closer to zero than the rounding of the arithmetic has no sign.
+    16 of the *augmented training stream*, mixup and cutmix included, objective NLL + L2, the five eigenvalues of largest
+    magnitude of each, their density over mini-batches, NEP = share of negative ones and APE = mean of the positive ones; at the
+    end of training and, with `early`, at the end of the warm-up. Departures: Lanczos with residuals in place of PyHessian's power
+    iteration with deflation (100 iterations, relative tolerance 1e-3, which returns λ2 for λ1 where they are close); ten
+    mini-batches in place of a tenth of the training set; BatchNorm uses its running statistics and dropout is off, so that the
+    operator is one linear map; each mini-batch has a draw of mixup or cutmix of its own, training one for its larger batch. The
+    L2 term adds the weight decay to every eigenvalue exactly, over all parameters; decoupled decay (AdamW) is shifted by the same
+    number, though it is no part of a loss. A value closer to zero than the rounding of the arithmetic has no sign.
 
     Attributes:
       batch: images a mini-batch.
@@ -46,12 +44,13 @@ class HessianSpectrum(study.Study):
       tolerance: relative residual at which a value counts as converged.
       label_smoothing: of the loss, or None for the subject's.
       weight_decay: of the L2 term, or None for the subject's.
+      mixed: mix images and labels as the training of the subject does (`objective.mixup`, `objective.cutmix`), where it does.
       microbatch: images differentiated at a time; None for the mini-batch at once; or "auto", as many as there is memory for.
       early: measure the first kept checkpoint after the warm-up as well (`checkpoint.milestones`), on the same mini-batches:
         twice the cost.
       overlaps: keep the eigenvectors in memory for how far the top eigenspaces of two mini-batches in a row agree, and those of
         one mini-batch early and at the end (Gur-Ari et al. 2018, arXiv 1812.04754); no further products.
-      blocks: the eigenvalue of largest magnitude in each block of the parameters as well; `rank` products a block at most.
+      blocks: the `top` eigenvalues in each block of the parameters as well; `rank` products a block at most.
       together: mini-batches solved in lock-step, a chunk; several devices share them. Where one mini-batch does not fill an
         accelerator it pays, on a CPU it does not. Divides `mini_batches`.
     """
@@ -72,12 +71,19 @@ class HessianSpectrum(study.Study):
             "mini-batch, the bar their mean with its interval"
         ),
         "hessian_blocks": (
-            "The Hessian eigenvalue of largest magnitude in each block of the parameters alone, mean over mini-batches of its "
-            "magnitude; a hollow mark where most of them are negative"
+            "The Hessian eigenvalues of largest magnitude in each block of the parameters alone. The large mark is the mean over "
+            "mini-batches of the largest magnitude, small ones those of the next; hollow where most of them are negative"
         ),
     }
 
-    automatic: ClassVar[str] = "microbatch"
+    counts: ClassVar[Mapping[str, int]] = {"batch": 1, "mini_batches": 1, "top": 1, "rank": 1, "together": 1}
+    later: ClassVar[Mapping[str, Any]] = {
+        "early": False,
+        "overlaps": False,
+        "blocks": False,
+        "together": 1,
+        "mixed": True,
+    }
 
     batch: int = 16
     mini_batches: int = 10
@@ -86,6 +92,7 @@ class HessianSpectrum(study.Study):
     tolerance: float = 1e-2
     label_smoothing: float | None = None
     weight_decay: float | None = None
+    mixed: bool = True
     microbatch: int | str | None = None
     early: bool = False
     overlaps: bool = False
@@ -94,30 +101,10 @@ class HessianSpectrum(study.Study):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch", "mini_batches", "top", "rank", "together"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                # The mini-batch is what is measured, so memory cannot choose it: it chooses the part differentiated at a time.
-                hint = ' (microbatch="auto" is what saves memory here)' if value == programs.AUTO else ""
-                raise errors.UserError(f"{name} is {value!r}: expected a whole number from 1{hint}.")
         if self.mini_batches % self.together:
             raise errors.UserError(
                 f"together is {self.together} for {self.mini_batches} mini-batches: expected a divisor of their number."
             )
-
-    def settings(self) -> dict[str, Any]:
-        """As of every study; what came later is left out where it is off."""
-        return {
-            name: value for name, value in super().settings().items() if name not in _LATER or value != _LATER[name]
-        }
-
-    def looks_back(self, subject: study.Subject) -> tuple[int, ...]:
-        """The early step, where it is asked for and there is one."""
-        return tuple(step for step in training_loss.phases(subject, self.early) if step is not None)
-
-    def applicable(self, subject: study.Subject) -> str | None:
-        """Needs parameters and a training stream."""
-        return training_loss.unavailable(subject)
 
     def chunks(self, subject: study.Subject) -> int:
         """One a mini-batch, or a group of them in lock-step."""
@@ -126,19 +113,14 @@ class HessianSpectrum(study.Study):
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """At most: each Hessian-vector product counts as two forward and two backward passes an image; the loss is one more."""
-        spectra = len(training_loss.phases(subject, self.early)) * self.mini_batches
+        spectra = len(self._phases(subject)) * self.mini_batches
         solved = 1 + (len(curvature.parameter_blocks(subject.classifier.params)) if self.blocks else 0)
         products = 2 * spectra * solved * self.rank * self.batch
         return products + spectra * self.batch, products
 
-    def most(self, subject: study.Subject) -> int:
-        """The mini-batch."""
-        del subject
-        return self.batch
-
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Lanczos over the Hessian of a mini-batch, and of one block of it, and its loss."""
-        batch = training_loss.batch_shapes(subject, self.batch)
+        batch = self._batch_shapes(subject, self.batch)
         classifier = classifiers.in_float32(subject.classifier)
         loss = self._loss(subject)
         operator = self._operator(subject, classifier, batch)
@@ -156,23 +138,13 @@ class HessianSpectrum(study.Study):
             steps = curvature.programs(inside, rank=self.rank, check_every=check_every)
             planned += [dataclasses.replace(one, times=one.times * len(subsets)) for one in steps]
         planned.append(programs.Program("loss", training_loss.value, (classifier, batch), times=1, static=(loss,)))
-        times = len(training_loss.phases(subject, self.early)) * self.mini_batches
+        times = len(self._phases(subject)) * self.mini_batches
         return [dataclasses.replace(one, times=one.times * times) for one in planned]
 
-    def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
-        return training_loss.MeanLoss(training_loss.smoothing(subject, self.label_smoothing))
-
-    def _decay(self, subject: study.Subject) -> float:
-        return training_loss.decay(subject, self.weight_decay)
-
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
-        loss, decay = self._loss(subject), self._decay(subject)
-        options = {
-            "microbatch": self.microbatch,
-            "weight_decay": decay,
-            "separable": False,
-        }  # In evaluation mode it is one.
-        return curvature.hessian(loss, classifier.params, batch, classifier, **options)
+        # In evaluation mode it is a mean over images.
+        options = {"microbatch": self.microbatch, "weight_decay": self._decay(subject), "separable": False}
+        return curvature.hessian(self._loss(subject), classifier.params, batch, classifier, **options)
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Eigenvalues, residuals and the loss of each mini-batch: one record of one."""
@@ -180,7 +152,7 @@ class HessianSpectrum(study.Study):
         return study.merge([self._record(subject, first + number) for number in range(self.together)])
 
     def _record(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
-        batch = forward.training_examples(subject.train, index * self.batch, self.batch)
+        batch = self._mini_batch(subject, index, self.batch)
         records = {
             "row": np.asarray([index], np.int32),
             "label": np.asarray([-1], np.int32),
@@ -188,8 +160,10 @@ class HessianSpectrum(study.Study):
             "weight_decay": np.asarray([self._decay(subject)], np.float64),
             "parameters": np.asarray([trees.count(subject.classifier.params)], np.int64),
         }
+        if "share" in batch:
+            records["share"] = batch["share"][:1]
         spectra = {}
-        for step in training_loss.phases(subject, self.early):
+        for step in self._phases(subject):
             prefix = "" if step is None else _EARLY
             found, more = spectra[prefix] = self._measured(subject, step, index)
             measured = {
@@ -239,9 +213,8 @@ class HessianSpectrum(study.Study):
         classifier = training_loss.model(subject, step)
         inputs, keys = [], []
         for index in indices:
-            batch = forward.training_examples(subject.train, index * self.batch, self.batch)
-            inputs.append(subject.put({"image": batch["image"], "label": batch["label"]}))
-            keys.append(jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index))
+            inputs.append(training_loss.inputs(subject, self._mini_batch(subject, index, self.batch)))
+            keys.append(training_loss.draw(subject, _PURPOSE, index))
         operators = [self._operator(subject, classifier, batch) for batch in inputs]
         options = {"rank": self.rank, "tolerance": self.tolerance, "check_every": min(_CHECK_EVERY, self.rank)}
         if len(indices) == 1:
@@ -253,13 +226,31 @@ class HessianSpectrum(study.Study):
             found = [each.of(number) for number in range(len(indices))]
         more = [{"loss": np.float64(training_loss.value(self._loss(subject), classifier, batch))} for batch in inputs]
         if self.blocks:
-            subsets = curvature.parameter_blocks(classifier.params).values()
             for operator, key, entry in zip(operators, keys, more, strict=True):
-                tops = [curvature.lanczos(curvature.within(operator, one), key, top=1, **options) for one in subsets]
-                for name in ("values", "residuals", "converged"):
-                    entry[f"blocks/{name}"] = np.concatenate([getattr(top, name) for top in tops])
-                entry["blocks/applications"] = np.int32(sum(top.applications for top in tops))
+                entry |= self._in_blocks(operator, key, options)
         return list(zip(found, more, strict=True))
+
+    def _in_blocks(self, operator: curvature.Operator, key: jax.Array, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The top eigenvalues in each block, `[blocks, top]`; not a number where the block has fewer."""
+        found = []
+        for subset in curvature.parameter_blocks(operator.like).values():
+            inside = curvature.within(operator, subset)
+            # Beyond the dimension of the block there are the zeros of what is outside of it.
+            sizes = jax.tree.map(lambda chosen, leaf: int(chosen) * leaf.size, inside.mask, inside.like)
+            count = min(self.top, sum(jax.tree.leaves(sizes)))
+            found.append(curvature.lanczos(inside, key, top=count, **options))
+        missing = [(0, self.top - len(one.values)) for one in found]
+        filled = {"values": np.nan, "residuals": np.nan, "converged": True}
+        records = {
+            f"blocks/{name}": np.stack(
+                [
+                    np.pad(getattr(one, name), ends, constant_values=fill)
+                    for one, ends in zip(found, missing, strict=True)
+                ]
+            )
+            for name, fill in filled.items()
+        }
+        return {**records, "blocks/applications": np.int32(sum(one.applications for one in found))}
 
     def summarise(self, records: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """NEP, APE and the largest eigenvalue of each phase, and what agrees of them, with intervals over mini-batches."""
@@ -269,17 +260,9 @@ class HessianSpectrum(study.Study):
             "weight_decay": float(records["weight_decay"][0]),
             **self._summarise_phase(records, ""),
         }
-        if f"{_EARLY}eigenvalues" in records:
-            early = self._summarise_phase(records, _EARLY)
-            summary["caveats"] += [f"In the early phase: {caveat}" for caveat in early.pop("caveats")]
-            summary["early"] = {"step": int(records[f"{_EARLY}step"][0]), **early}
-            if f"{_EARLY}overlap_with_end" in records:
-                summary["early"]["overlap_with_end"] = _interval(records[f"{_EARLY}overlap_with_end"])
-        elif self.early:
-            summary["caveats"].append(
-                "The run kept no checkpoint after its warm-up and before this one (checkpoint.milestones), so that only this one "
-                "was measured."
-            )
+        self._with_early(summary, records, lambda prefix: self._summarise_phase(records, prefix))
+        if f"{_EARLY}overlap_with_end" in records:
+            summary["early"]["overlap_with_end"] = spectrum_numbers.interval(records[f"{_EARLY}overlap_with_end"])
         if "overlap" in records:
             summary["chance_overlap"] = records["eigenvalues"].shape[1] / summary["parameters"]
         return summary
@@ -301,15 +284,12 @@ class HessianSpectrum(study.Study):
                 "sign and count neither as negative nor as positive."
             )
 
-        def average_positive(values: np.ndarray, noise: np.ndarray) -> float:
-            return curvature.positive_mean(values, noise=noise)
-
         summary = {
-            "nep": _interval(curvature.negative_share(values, noise=noise)),
-            "ape": dataclasses.asdict(statistics.bootstrap(average_positive, values, noise, over="mini-batches")),
-            "largest": _interval(values.max(axis=1)),
-            "smallest": _interval(values.min(axis=1)),
-            "loss": _interval(records[f"{prefix}loss"]),
+            "nep": spectrum_numbers.negative(values, noise),
+            "ape": spectrum_numbers.positive(values, noise),
+            "largest": spectrum_numbers.interval(values.max(axis=1)),
+            "smallest": spectrum_numbers.interval(values.min(axis=1)),
+            "loss": spectrum_numbers.interval(records[f"{prefix}loss"]),
             "converged": share,
             "median_relative_residual": float(np.median(relative)),
             "unresolved": unresolved,
@@ -317,16 +297,9 @@ class HessianSpectrum(study.Study):
             "caveats": caveats,
         }
         if f"{prefix}overlap" in records and len(values) > 1:
-            summary["overlap"] = _interval(records[f"{prefix}overlap"][1:])
+            summary["overlap"] = spectrum_numbers.interval(records[f"{prefix}overlap"][1:])
         if f"{prefix}blocks/values" in records:
-            tops = records[f"{prefix}blocks/values"]
-            summary["blocks"] = {
-                str(name): {
-                    "magnitude": _interval(np.abs(tops[:, index])),
-                    "negative": float((tops[:, index] < 0).mean()),
-                }
-                for index, name in enumerate(records[f"{study.EXHIBIT}blocks"])
-            }
+            summary["blocks"] = spectrum_numbers.blocks(records, prefix)
             unfinished = 1.0 - float(records[f"{prefix}blocks/converged"].mean())
             if unfinished:
                 caveats.append(f"{unfinished:.0%} of the blocks' eigenvalues did not converge: raise `rank`.")
@@ -354,15 +327,21 @@ class HessianSpectrum(study.Study):
         caption = (
             f"{self.mini_batches} mini-batches of {self.batch} from the augmented training stream; loss NLL + L2; "
             "BatchNorm with running statistics, dropout off. 95 % bootstrap intervals over mini-batches."
-        )
+        ) + training_loss.mixed(findings)
         title = f"Top {self.top} Hessian eigenvalues by magnitude"
-        return {"hessian_spectrum": spectrum_tables.eigenvalues(findings, title=title, caption=caption)}
+        found = {"hessian_spectrum": spectrum_tables.eigenvalues(findings, title=title, caption=caption)}
+        layered = {run: finding for run, finding in findings.items() if "blocks" in finding.summary}
+        if layered:
+            inside = f"{title} in each block of the parameters"
+            found["hessian_blocks"] = spectrum_tables.blocks(layered, title=inside, caption=caption)
+        return found
 
     def compare(self, first: study.Finding, second: study.Finding) -> list[study.Comparison]:
         """The difference of the largest eigenvalue, paired where both runs saw the same images in the same mini-batches."""
-        left, right = study.pair(first, second)
-        if len(left) < 2 or not np.array_equal(first.records["rows"][left], second.records["rows"][right]):
+        rows = training_loss.paired(first, second)
+        if rows is None:
             return []
+        left, right = rows
         compared = []
         for prefix, words in (("", ""), (_EARLY, ", early phase")):
             key = f"{prefix}eigenvalues"
@@ -387,7 +366,3 @@ def _group(
     asked: HessianSpectrum, subject: study.Subject, step: int | None, number: int
 ) -> list[tuple[curvature.Eigenvalues, dict[str, np.ndarray]]]:
     return asked._solve(subject, step, range(number * asked.together, (number + 1) * asked.together))
-
-
-def _interval(values: np.ndarray) -> dict[str, Any]:
-    return dataclasses.asdict(statistics.mean(values, over="mini-batches"))

@@ -17,8 +17,10 @@ def asked(study: study_lib.Study, subject: study_lib.Subject) -> dict[str, Any]:
     """What identifies a result: the same answer means that nothing needs to be computed again."""
     rivals = {name: _model_fingerprint(model, subject) for name, model in subject.rivals.items()}
     steps = [int(step) for step in study.looks_back(subject)]
+    mixing = {name: float(value) for name, value in study.mixes(subject).items()}
     return {
         **({"history": steps} if steps else {}),
+        **({"mixing": mixing} if mixing else {}),
         **({"rivals": rivals} if study.reads_rivals else {}),
         "study": study.name,
         "settings": study.settings(),

@@ -73,6 +73,9 @@ class InputCurvature(study.Study):
     sees the curvature of the softmax alone: the kinks have no second derivative. How much of the largest curvature is the
     softmax's is measured image by image: `v'J'(diag p - pp')Jv / v'Hv` for the top eigenvector v.
 
+    The figures are ours: a profile of sorted eigenvalues takes as many products as it has eigenvalues and shows a few images; two
+    ends with residuals are cheap enough for all images, and can be set against the confidence and compared in pairs.
+
     Attributes:
       examples: how many test images, the first in the order of the data set, or None for all.
       batch: images a compiled step; one batch is one chunk; or "auto", as many as the device has use and memory for.

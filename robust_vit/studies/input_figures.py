@@ -17,6 +17,7 @@ from robust_vit.studies import attack_figures, study
 _GROUPS = 10  # Of images by their confidence.
 _RUNS_SHOWN = 4
 _DECADES = 12  # Below the largest value: what is smaller is drawn at the edge.
+_LARGEST = "largest eigenvalue λ₁ (nats / pixel range²)"
 
 
 def bins(confidence: Float[np.ndarray, " examples"], values: Float[np.ndarray, " examples"]) -> list[dict[str, Any]]:
@@ -59,8 +60,15 @@ def distributions(findings: Mapping[str, study.Finding], output: str) -> matplot
             )
             seen = bottom > records["noise"]
             axes[1, 1].plot(top[seen], bottom[seen], **dots)
-        for axis, words in ((axes[0, 0], "largest eigenvalue λ₁"), (axes[0, 1], f"σ₁ of the Jacobian of the {output}")):
+        for axis, words in (
+            (axes[0, 0], _LARGEST),
+            (axes[0, 1], f"σ₁ of the Jacobian of the {output} (per pixel range)"),
+        ):
             axis.set_xscale("log")
+            low, high = axis.get_xlim()
+            if high < 50 * low:  # One power of ten at most would be named.
+                axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high > 4 * low else range(1, 10)))
+                axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.set_xlabel(words)
             axis.set_ylabel("share of images below")
@@ -69,12 +77,12 @@ def distributions(findings: Mapping[str, study.Finding], output: str) -> matplot
         axes[0, 1].set_title("Stretch of the answer")
         axes[1, 0].set_yscale("log")
         axes[1, 0].set_xlabel("confidence of the model")
-        axes[1, 0].set_ylabel("largest eigenvalue λ₁")
+        axes[1, 0].set_ylabel(_LARGEST)
         axes[1, 0].set_title("Curvature and confidence")
         plots.confidence(axes[1, 0])
         axes[1, 0].tick_params(axis="x", labelsize=8)
         _diagonal(axes[1, 1], any((-f.records["bottom"] > f.records["noise"]).any() for f in findings.values()))
-        plots.legend(axes[0, 0], loc="upper left")
+        plots.legend(axes[0, 0], loc="best")
     return figure
 
 
@@ -111,7 +119,7 @@ def _cumulative(axis: matplotlib_axes.Axes, values: np.ndarray, color: str, labe
 
 def _diagonal(axis: matplotlib_axes.Axes, anything: bool) -> None:
     axis.set_title("Downwards and upwards")
-    axis.set_xlabel("largest eigenvalue λ₁")
+    axis.set_xlabel(_LARGEST)
     axis.set_ylabel("minus the smallest eigenvalue")
     if not anything:
         axis.set_xticks([])

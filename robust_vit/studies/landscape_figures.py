@@ -50,6 +50,8 @@ def contours(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             _name_axes(axis, findings[run])
             axis.set_xlim(x[0], x[-1])
             axis.set_ylim(y[0], y[-1])
+            for each in (axis.xaxis, axis.yaxis):
+                each.set_major_locator(ticker.MaxNLocator(5))
         mapped = matplotlib.cm.ScalarMappable(norm=norm, cmap=_MAP)
         bar = figure.colorbar(mapped, ax=list(axes.ravel()[: len(grids)]), shrink=0.9, pad=0.02, aspect=28)
         bar.set_label(_quantity(findings))
@@ -126,6 +128,7 @@ def profiles(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
                     )
             axis.set_yscale("log")
             _nats(axis.yaxis)
+            axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
             axis.axvline(0.0, color=plots.INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
             labels = [_labels(finding)[number] for finding in findings.values()]
             # Numbers of one run do not stand for all.

@@ -53,7 +53,7 @@ class ExampleLosses:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossLandscape(study.Study):
+class LossLandscape(training_loss.TrainingLossStudy):
     """The training loss on a grid of weights around those that were trained, along a line or in a plane.
 
     Two protocols. Li et al. 2018 (arXiv 1712.09913, figures 1 and 5): random directions whose filters have the norms of the
@@ -108,7 +108,9 @@ class LossLandscape(study.Study):
         "surface": "The same as surfaces, on one logarithmic scale of heights",
         "profiles": "Loss along the axes through the weights, which are at zero; of several draws each is a line",
     }
-    automatic: ClassVar[str] = "microbatch"
+    counts: ClassVar[Mapping[str, int]] = {
+        name: 1 for name in ("dimensions", "points", "draws", "examples", "block", "rank")
+    }
 
     plane: str = "random"
     dimensions: int = 2
@@ -136,10 +138,6 @@ class LossLandscape(study.Study):
         for what, value, known in kinds:
             if value not in known:
                 raise errors.unknown(what, value, known)
-        for name in ("dimensions", "points", "draws", "examples", "block", "rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise errors.UserError(f"{name} is {value!r}: expected a whole number from 1.")
         if self.dimensions > 2:
             raise errors.UserError(f"dimensions is {self.dimensions}: expected 1 or 2.")
         if self.points < 3 or (self.points % 2 == 0 and self.plane != "trajectory"):
@@ -163,7 +161,7 @@ class LossLandscape(study.Study):
 
     def applicable(self, subject: study.Subject) -> str | None:
         """Needs parameters and a training stream, and for a trajectory two checkpoints."""
-        reason = training_loss.unavailable(subject)
+        reason = super().applicable(subject)
         if reason is not None:
             return reason
         if self.plane == "trajectory" and len(subject.history) < 2:
@@ -202,28 +200,21 @@ class LossLandscape(study.Study):
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Lanczos for eigenvectors, and the losses of a block of points."""
-        batch = training_loss.batch_shapes(subject, self.examples)
+        batch = self._batch_shapes(subject, self.examples)
         classifier = classifiers.in_float32(subject.classifier)
         found = []
         if self.plane == "eigenvectors":
             found += landscape_planes.programs(self._operator(subject, classifier, batch), rank=self.rank)
         rows = directions.shapes(classifier.params, self.dimensions)
         options = {"microbatch": self.microbatch, "mesh": subject.mesh}
-        loss, chunks = ExampleLosses(self._smoothing(subject)), self.chunks(subject)
+        loss, chunks = ExampleLosses(self._loss(subject).smoothing), self.chunks(subject)
         sweep = landscapes.planned(loss, classifier.params, rows, self._block, batch, classifier, **options)
         return [*found, *(dataclasses.replace(one, times=one.times * chunks) for one in sweep)]
 
-    def _smoothing(self, subject: study.Subject) -> float:
-        return training_loss.smoothing(subject, self.label_smoothing)
-
-    def _decay(self, subject: study.Subject) -> float:
-        return training_loss.decay(subject, self.weight_decay)
-
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array]) -> curvature.Operator:
-        loss = training_loss.MeanLoss(self._smoothing(subject))
         decay = self._decay(subject) if self.l2 else 0.0
         options = {"microbatch": self.microbatch, "weight_decay": decay, "separable": False}
-        return curvature.hessian(loss, classifier.params, batch, classifier, **options)
+        return curvature.hessian(self._loss(subject), classifier.params, batch, classifier, **options)
 
     def _images(self, subject: study.Subject) -> dict[str, np.ndarray]:
         return forward.training_examples(subject.train, 0, self.examples)
@@ -243,11 +234,11 @@ class LossLandscape(study.Study):
         options: dict[str, Any] = {"dimensions": self.dimensions, "span": self.span}
         if self.plane == "trajectory":
             return landscape_planes.trajectory(subject, classifier.params, **options)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), number)
+        key = training_loss.draw(subject, _PURPOSE, number)
         options |= {"normalisation": self._normalisation, "vectors": self.vectors}
         if self.plane == "random":
             return landscape_planes.random(key, classifier.params, **options)
-        batch = subject.put({name: self._images(subject)[name] for name in ("image", "label")})
+        batch = training_loss.inputs(subject, self._images(subject))
         options |= {"rank": self.rank, "tolerance": self.tolerance}
         return landscape_planes.eigenvectors(
             self._operator(subject, classifier, batch), key, classifier.params, **options
@@ -264,7 +255,7 @@ class LossLandscape(study.Study):
         classifier = classifiers.in_float32(subject.classifier)
         inputs = {"image": np.asarray(images["image"], np.float32), "label": np.asarray(images["label"], np.int32)}
         found = curvature.landscape(
-            ExampleLosses(self._smoothing(subject)),
+            ExampleLosses(self._loss(subject).smoothing),
             classifier.params,
             plane.directions,
             coordinates,

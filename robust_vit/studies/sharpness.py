@@ -16,7 +16,7 @@ from robust_vit import curvature, errors, mesh, programs, tables, trees
 from robust_vit.curvature import operators
 from robust_vit.curvature import sharpness as solvers
 from robust_vit.metrics import statistics
-from robust_vit.studies import forward, sharpness_figures, study, training_loss
+from robust_vit.studies import sharpness_figures, study, training_loss
 
 _PURPOSE = 0x73686172  # "shar": keeps the draws apart from every other draw under the same seed.
 _CHECK_EVERY = 10  # Lanczos steps between two looks at what has converged.
@@ -26,7 +26,7 @@ MEASURES = {"worst": "worst case", "one_step": "one step"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sharpness(study.Study):
+class Sharpness(training_loss.TrainingLossStudy):
     """Worst-case and average-case sharpness of the training loss, raw and adaptive, over radii, one mini-batch at a time.
 
     Protocol of Andriushchenko et al. 2023 (arXiv 2302.07011, github.com/tml-epfl/sharpness-vs-generalization): mini-batches of
@@ -43,6 +43,9 @@ class Sharpness(study.Study):
     d and -d, so that the gradient adds no noise. Radii that suit a model differ by its kind and size (there a ResNet-18 takes raw
     ones ten times those of a ViT); the defaults are near those of ViTs, the smaller ones. Sharpness found by an ascent is a
     lower bound.
+
+    The figure is ours: theirs set the sharpness of many models, at one radius each, against how well they generalise, which takes
+    dozens of trainings; here a few runs are compared over radii.
 
     Attributes:
       batch: images a mini-batch, the m of m-sharpness.
@@ -77,7 +80,7 @@ class Sharpness(study.Study):
             "perturbations of every weight. Bands are 95 % intervals over mini-batches"
         ),
     }
-    automatic: ClassVar[str] = "microbatch"
+    counts: ClassVar[Mapping[str, int]] = {"batch": 1, "mini_batches": 1, "steps": 1, "pairs": 1, "rank": 1}
 
     batch: int = 128
     mini_batches: int = 8
@@ -96,12 +99,6 @@ class Sharpness(study.Study):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch", "mini_batches", "steps", "pairs", "rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                # The mini-batch is what is measured, so memory cannot choose it: it chooses the part differentiated at a time.
-                hint = ' (microbatch="auto" is what saves memory here)' if value == programs.AUTO else ""
-                raise errors.UserError(f"{name} is {value!r}: expected a whole number from 1{hint}.")
         if self.norm not in solvers.NORMS:
             raise errors.unknown("norm", self.norm, solvers.NORMS)
         for name in ("radii", "adaptive_radii", "spreads", "adaptive_spreads"):
@@ -109,19 +106,10 @@ class Sharpness(study.Study):
             if not values or not all(0 < low < high for low, high in zip(values, (*values[1:], np.inf), strict=True)):
                 raise errors.UserError(f"{name} are {values}: expected ascending numbers above 0.")
 
-    def applicable(self, subject: study.Subject) -> str | None:
-        """Needs parameters and a training stream."""
-        return training_loss.unavailable(subject)
-
     def chunks(self, subject: study.Subject) -> int:
         """One a mini-batch."""
         del subject
         return self.mini_batches
-
-    def most(self, subject: study.Subject) -> int:
-        """The mini-batch."""
-        del subject
-        return self.batch
 
     def passes(self, subject: study.Subject) -> tuple[int, int]:
         """Ascents, random perturbations, and Hessian products, each of which counts as two forward and two backward passes."""
@@ -135,7 +123,7 @@ class Sharpness(study.Study):
 
     def programs(self, subject: study.Subject) -> list[programs.Program]:
         """Ascents, random perturbations and Lanczos, raw and adaptive."""
-        batch = training_loss.batch_shapes(subject, self.batch)
+        batch = self._batch_shapes(subject, self.batch)
         classifier, loss, found = classifiers.in_float32(subject.classifier), self._loss(subject), []
         for kind, (radii, spreads) in self._kinds().items():
             options = {"steps": self.steps, "pairs": self.pairs, "norm": self.norm, "microbatch": self.microbatch}
@@ -159,8 +147,7 @@ class Sharpness(study.Study):
         return {"raw": (self.radii, self.spreads), "adaptive": (self.adaptive_radii, self.adaptive_spreads)}
 
     def _loss(self, subject: study.Subject) -> training_loss.MeanLoss:
-        smoothing = training_loss.smoothing(subject, self.label_smoothing)
-        return training_loss.MeanLoss(smoothing, bool(self.normalised))
+        return dataclasses.replace(super()._loss(subject), normalised=bool(self.normalised))
 
     def _operator(self, subject: study.Subject, classifier: Any, batch: Mapping[str, jax.Array], kind: str) -> Any:
         options = {"microbatch": self.microbatch, "separable": False}  # In evaluation mode it is one.
@@ -169,10 +156,9 @@ class Sharpness(study.Study):
 
     def chunk(self, subject: study.Subject, index: int) -> dict[str, np.ndarray]:
         """Of one mini-batch the rises over the radii, raw and adaptive, and the largest eigenvalues: one record."""
-        images = forward.training_examples(subject.train, index * self.batch, self.batch)
+        images = self._mini_batch(subject, index, self.batch)
         classifier, loss = classifiers.in_float32(subject.classifier), self._loss(subject)
-        batch = subject.put({"image": images["image"], "label": images["label"]})
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(subject.seed), _PURPOSE), index)
+        batch, key = training_loss.inputs(subject, images), training_loss.draw(subject, _PURPOSE, index)
         records: dict[str, Any] = {
             "row": np.int32(index),
             "label": np.int32(-1),
@@ -345,9 +331,10 @@ class Sharpness(study.Study):
 
     def compare(self, first: study.Finding, second: study.Finding) -> list[study.Comparison]:
         """Differences of the worst cases in the middle of the radii and of the eigenvalues, where both saw the same images."""
-        left, right = study.pair(first, second)
-        if len(left) < 2 or not np.array_equal(first.records["rows"][left], second.records["rows"][right]):
+        pairs = training_loss.paired(first, second)
+        if pairs is None:
             return []
+        left, right = pairs
         found = []
         for kind in KINDS:
             radii = [finding.records[f"radius/{kind}"][0] for finding in (first, second)]

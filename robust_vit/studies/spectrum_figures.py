@@ -14,9 +14,9 @@ from matplotlib import figure as matplotlib_figure
 from matplotlib import ticker
 
 from robust_vit import plots
-from robust_vit.studies import study
+from robust_vit.studies import spectrum_numbers, study, training_loss
 
-_EARLY = "early/"
+_EARLY = training_loss.EARLY
 
 
 def ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
@@ -55,7 +55,7 @@ def ridges(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
             axis.set_title(run, fontsize=10, pad=4)
             words = [_words(findings[run].summary, phase, named=len(phases) > 1) for phase in reversed(phases)]
             axis.set_title("\n".join(words), loc="right", fontsize=9, fontweight="normal", pad=4)
-        axes[-1, 0].set_xlabel(f"Hessian eigenvalue of a mini-batch (top {_top(findings)} by magnitude)")
+        axes[-1, 0].set_xlabel(f"Hessian eigenvalue of a mini-batch, in nats (top {_top(findings)} by magnitude)")
     return figure
 
 
@@ -98,43 +98,52 @@ def overlaps(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
 
 
 def blocks(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
-    """The largest eigenvalue of each block of the parameters, from the stem to the head: one panel a run."""
+    """The top eigenvalues of each block of the parameters, from the stem to the head: one panel a run."""
     most = max(len(finding.summary["blocks"]) for finding in findings.values())
     with plots.style():
         figure, axes = plots.figure(
             1, len(findings), width=min(3.4 * len(findings) + 0.6, 11.0), height=1.3 + 0.24 * most, share_x=True
         )
         for index, (run, finding) in enumerate(findings.items()):
-            axis, color = axes[0, index], plots.color(index)
-            # The summary went through JSON, which knows no order; the records do.
-            names = [str(name) for name in finding.records[f"{study.EXHIBIT}blocks"]]
-            phases = {"end": finding.summary["blocks"]}
-            if "early" in finding.summary:
-                phases["early"] = finding.summary["early"]["blocks"]
-            for phase, entries in phases.items():
-                early = phase == "early"
-                shift = 0.0 if len(phases) == 1 else -0.15 if early else 0.15
-                for place, name in enumerate(names):
-                    entry, size = entries[name]["magnitude"], 3.5 if early else 5.5
-                    ends = [entry["low"], entry["high"]]
-                    axis.plot(ends, [place + shift] * 2, color=color, linewidth=1.2, alpha=0.5 if early else 1.0)
-                    axis.plot(
-                        [entry["value"]],
-                        [place + shift],
-                        color=color,
-                        marker=plots.marker(index),
-                        markersize=size,
-                        markerfacecolor="none" if entries[name]["negative"] > 0.5 else color,
-                        linestyle="none",
-                        label=phase if place == 0 and len(phases) > 1 else None,
-                    )
-            axis.set_yticks(range(len(names)), names)
-            axis.set_ylim(len(names) - 0.5, -0.5)
+            axis = axes[0, index]
+            prefixes = {"end": ""} | ({"early": _EARLY} if "early" in finding.summary else {})
+            for phase, prefix in prefixes.items():
+                # The summary went through JSON, which knows no order; the records do.
+                entries = spectrum_numbers.blocks(finding.records, prefix)
+                shift = 0.0 if len(prefixes) == 1 else -0.18 if prefix else 0.18
+                for place, entry in enumerate(entries.values()):
+                    label = phase if place == 0 and len(prefixes) > 1 else None
+                    _block(axis, place + shift, entry, index, early=bool(prefix), label=label)
+            axis.set_yticks(range(len(entries)), entries)
+            axis.set_ylim(len(entries) - 0.5, -0.5)
             axis.set_xscale("log")
             axis.set_title(run)
-            axis.set_xlabel("|λ| of a mini-batch, in the block")
+            axis.set_xlabel("|λ| in the block (nats)")
             plots.legend(axis, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
     return figure
+
+
+def _block(
+    axis: matplotlib_axes.Axes, height: float, entry: Mapping[str, Any], index: int, *, early: bool, label: str | None
+) -> None:
+    """The largest magnitude with its interval, and the next ones smaller; hollow where they are mostly negative."""
+    color, opacity = plots.color(index), 0.5 if early else 1.0
+    for rank, (size, negative) in enumerate(zip(entry["magnitudes"], entry["negatives"], strict=True)):
+        largest = rank == 0
+        if largest:
+            axis.plot([size["low"], size["high"]], [height] * 2, color=color, linewidth=1.2, alpha=opacity)
+        axis.plot(
+            [size["value"]],
+            [height],
+            color=color,
+            marker=plots.marker(index),
+            markersize=(3.5 if early else 5.5) if largest else 2.2,
+            markerfacecolor="none" if negative > 0.5 else color,
+            markeredgewidth=1.0 if largest else 0.6,
+            alpha=1.0 if largest else 0.7,
+            linestyle="none",
+            label=label if largest else None,
+        )
 
 
 def _phases(records: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray, " values"]]:
@@ -169,7 +178,8 @@ def _density(points: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
     """Kernel density reflected at zero, so that smoothing moves no mass across the sign; None of points that are all one."""
     if np.ptp(points) <= 1e-6:
         return None
-    width = 0.25 * max(points.std(), 1e-3)
+    # Of magnitudes: two signs far from zero are no reason to blur either.
+    width = max(0.35 * np.abs(points).std(), 0.05)
     kernels = scipy.stats.norm.pdf((grid[:, None] - points) / width) + scipy.stats.norm.pdf(
         (grid[:, None] + points) / width
     )

@@ -1,11 +1,11 @@
-"""The tables of Hessian spectra and densities: one row a run and phase."""
+"""The tables of Hessian spectra and densities: one row a run and phase, or a block of these."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from robust_vit import tables
-from robust_vit.studies import study
+from robust_vit.studies import spectrum_numbers, study, training_loss
 
 
 def eigenvalues(findings: Mapping[str, study.Finding], *, title: str, caption: str) -> tables.Table:
@@ -15,10 +15,8 @@ def eigenvalues(findings: Mapping[str, study.Finding], *, title: str, caption: s
     rows = []
     for run, finding in findings.items():
         summary = finding.summary
-        phases = {"end": summary}
-        if "early" in summary:
-            phases = {f"early (step {summary['early']['step']:,})": summary["early"], **phases}
-        for phase, part in phases.items():
+        for phase, prefix in _phases(finding).items():
+            part = summary["early"] if prefix else summary
             rows.append(
                 (
                     run,
@@ -55,16 +53,40 @@ def eigenvalues(findings: Mapping[str, study.Finding], *, title: str, caption: s
     return tables.Table(title, columns, rows, caption)
 
 
+def blocks(findings: Mapping[str, study.Finding], *, title: str, caption: str) -> tables.Table:
+    """Mean magnitudes by rank, NEP and APE of each block of each run, the early phase above the end."""
+    early = any("early" in finding.summary for finding in findings.values())
+    found = {
+        (run, phase): spectrum_numbers.blocks(finding.records, prefix)
+        for run, finding in findings.items()
+        for phase, prefix in _phases(finding).items()
+    }
+    most = max(len(block["magnitudes"]) for entries in found.values() for block in entries.values())
+    rows = [
+        (
+            run,
+            *((phase,) if early else ()),
+            name,
+            *(study.number(entry, ".3g") for entry in block["magnitudes"]),
+            *(None for _ in range(most - len(block["magnitudes"]))),
+            study.number(block["ape"], ".3g"),
+            study.number(block["nep"], ".0%"),
+        )
+        for (run, phase), entries in found.items()
+        for name, block in entries.items()
+    ]
+    ranks = (f"|λ{''.join('₀₁₂₃₄₅₆₇₈₉'[int(digit)] for digit in str(rank))}|" for rank in range(1, most + 1))
+    columns = ("run", *(("phase",) if early else ()), "block", *ranks, "APE (mean positive λ)", "NEP (negative share)")
+    return tables.Table(title, columns, rows, caption)
+
+
 def densities(findings: Mapping[str, study.Finding], *, title: str, caption: str) -> tables.Table:
     """Trace, norm, effective rank, negative shares and both ends of each run, the early phase above the end."""
     early = any("early" in finding.summary for finding in findings.values())
     rows = []
     for run, finding in findings.items():
-        phases = {"end": finding.summary}
-        if "early" in finding.summary:
-            step = finding.summary["early"]["step"]
-            phases = {f"early (step {step:,})": finding.summary["early"], **phases}
-        for phase, part in phases.items():
+        for phase, prefix in _phases(finding).items():
+            part = finding.summary["early"] if prefix else finding.summary
             rows.append(
                 (
                     run,
@@ -100,6 +122,13 @@ def densities(findings: Mapping[str, study.Finding], *, title: str, caption: str
         "parameters",
     )
     return tables.Table(title, columns, rows, caption)
+
+
+def _phases(finding: study.Finding) -> dict[str, str]:
+    """Name -> prefix of the records of each phase, the early one first."""
+    if "early" not in finding.summary:
+        return {"end": ""}
+    return {f"early (step {finding.summary['early']['step']:,})": training_loss.EARLY, "end": ""}
 
 
 def _with_residual(entry: Mapping[str, float]) -> tables.Number:

@@ -51,6 +51,8 @@ class Subject:
       threat: the threat model's name that attacks of this subject default to, or None.
       weight_decay: the coefficient of the L2 term of the objective that the model was trained with.
       label_smoothing: share of the training target spread over all classes.
+      mixing: how the training mixes images and labels: `mixup`, `cutmix` and `switch` of `objectives.mixing.mix`; empty where it
+        does not.
       seed: of every draw that a study makes.
       mesh: the devices that share the work, or None for JAX's default device.
       rivals: name -> model of the other runs that tell the same classes apart (`introduce`).
@@ -70,6 +72,7 @@ class Subject:
     threat: str | None = None
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
+    mixing: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
     mesh: Mesh | None = None
     rivals: Mapping[str, classifiers.Classifier | classifiers.Wrapped] = dataclasses.field(default_factory=dict)
@@ -153,6 +156,8 @@ class Study:
       captions: of its figures by name: what is drawn, in words.
       automatic: the setting that may be "auto": a number is then chosen from the memory of the device (`settle`).
       reads_rivals: whether its records depend on the subject's rivals, so that a new rival asks for new ones.
+      later: settings that came later, with what they were before there was a choice: left out of `settings()` where they are
+        that, so that an older result still answers the same question.
     """
 
     name: ClassVar[str]
@@ -162,6 +167,7 @@ class Study:
     captions: ClassVar[Mapping[str, str]] = {}
     automatic: ClassVar[str] = "batch"
     reads_rivals: ClassVar[bool] = False
+    later: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self):
         value = getattr(self, self.automatic, None)
@@ -171,7 +177,11 @@ class Study:
 
     def settings(self) -> dict[str, Any]:
         """The settings as a plain dict with the study's `name`; equal settings give equal records."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        chosen = dataclasses.asdict(self).items()
+        return {
+            "name": self.name,
+            **{key: value for key, value in chosen if key not in self.later or value != self.later[key]},
+        }
 
     def applicable(self, subject: Subject) -> str | None:
         """Why this study cannot be made of the subject, in one sentence; None where it can."""
@@ -182,6 +192,11 @@ class Study:
         """The steps of the subject's history that its records depend on, so that others ask for new ones."""
         del subject
         return ()
+
+    def mixes(self, subject: Subject) -> Mapping[str, float]:
+        """How it mixes training images (`Subject.mixing`), so that another way asks for new records; empty: not at all."""
+        del subject
+        return {}
 
     def chunks(self, subject: Subject) -> int:
         """How many chunks the work is cut into."""

@@ -2,10 +2,15 @@
 
     python tests/benchmarks/curvature.py exact --peer_python=<a Python with torch and transformers>
     python tests/benchmarks/curvature.py time --model=vit --images=8 --peer_python=...
+    python tests/benchmarks/curvature.py time --model=vit --images=8 --rule=residual --products=2000 --rounds=1 --peer_python=...
+    python tests/benchmarks/curvature.py trace --peer_python=...
 
 `exact`: the ResNet-20 of the data folder on its first exact CIFAR-10 training images, beside torch in float64. `time`: the top
 eigenvalues of the same loss by Lanczos until their residuals are within the tolerance, and by power iteration until PyHessian's
-rule ends it; the model has the same weights on both sides, which take turns. Results: tests/benchmarks/results/curvature.md.
+rule ends it, or with `--rule=residual` until its true residuals are within the same tolerance; both sides have the same weights,
+in each run (`--seed`), and take turns. `trace`: where PyHessian's rule ends the trace, and how far from it.
+
+Results: tests/benchmarks/results/curvature.md.
 """
 
 from __future__ import annotations
@@ -48,9 +53,7 @@ def _large_images(folder: pathlib.Path, count: int) -> tuple[np.ndarray, np.ndar
 class Case:
     """A model with a batch on both sides, with the same weights."""
 
-    def __init__(
-        self, flags: argparse.Namespace, torch: torch_process.Torch, work: pathlib.Path, *, double: bool = False
-    ):
+    def __init__(self, flags: argparse.Namespace, torch: torch_process.Torch, work: pathlib.Path):
         self.torch, self.work = torch, work
         given: dict = {}
         if flags.model == "resnet":
@@ -70,7 +73,7 @@ class Case:
         np.save(files["images"], images)
         np.save(files["labels"], labels)
         files = {name: str(path) for name, path in files.items()}
-        self.request = {"model": flags.model, "given": given, "weights": str(weights), **files}
+        self.request = {"model": flags.model, "given": given, "weights": str(weights), "seed": flags.seed, **files}
         found = self.build()
         shapes = jax.eval_shape(lambda key: models.init(module, spec, key), KEY)
         self.empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -83,6 +86,12 @@ class Case:
     def build(self, *, double: bool = False) -> dict:
         """The network on torch's side, in single or double precision."""
         return self.torch.ask(do="build", double=double, **self.request)
+
+    def eigenvalues(self, starts: list[str], rule: str, products: int) -> dict:
+        """Power iteration on torch's side under PyHessian's rule, or its loop until the true residual is within the tolerance."""
+        steps = STEPS if rule == "quotient" else products
+        options = {"tolerance": TOLERANCE, "steps": steps, "rule": rule, "products": products}
+        return self.torch.ask(do="eigenvalues", starts=starts, **options)
 
     def operator(self) -> curvature.Operator:
         """The Hessian of the mean cross-entropy of the batch."""
@@ -112,7 +121,7 @@ def exact(case: Case, probes: int, rank: int) -> None:
         operator, KEY, top=TOP, steps=STEPS, tolerance=TOLERANCE, rule="pyhessian", starts=_stacked(starts)
     )
     forms = [float(trees.dot(vector, operator(vector))) for vector in signs]
-    theirs = case.torch.ask(do="eigenvalues", starts=paths, steps=STEPS, tolerance=TOLERANCE)
+    theirs = case.eigenvalues(paths, "quotient", TOP * STEPS)
     their_forms = case.torch.ask(do="quadratic_forms", vectors=sign_paths)["values"]
     case.build(double=True)
     reference = case.torch.ask(do="lanczos", start=paths[0], steps=rank, top=TOP)
@@ -141,22 +150,46 @@ def exact(case: Case, probes: int, rank: int) -> None:
         end="",
     )
     print(f"{trace:.6f} ({abs(trace / wide_trace - 1):.1e}), torch's {other:.6f} ({abs(trace / other - 1):.1e}).")
-    count = next((n for n in range(2, probes + 1) if _stops(their_forms[:n])), None)
-    if count is None:
-        print(f"PyHessian's rule for the trace does not stop within {probes} vectors.")
-    else:
-        stopped = float(np.mean(their_forms[:count]))
-        print(
-            f"PyHessian's rule stops after {count} vectors, at {stopped:.4f}: {abs(stopped / wide_trace - 1):.1%} away."
-        )
     print(
         f"Products: {found.applications} by Lanczos, {power.applications} and {theirs['products']} by PyHessian's rule."
     )
 
 
-def _stops(values: list[float]) -> bool:
-    before, now = np.mean(values[:-1]), np.mean(values)
-    return abs(now - before) / (abs(before) + 1e-6) < TOLERANCE
+def trace(case: Case, most: int, samples: int, seed: int) -> None:
+    """Where PyHessian's rule ends Hutchinson's estimate, in one order of the vectors and in others, beside Hutch++."""
+    forms = np.asarray(case.torch.ask(do="signs", seed=seed, count=most)["values"])
+    reference = curvature.trace(case.operator(), KEY, samples=samples, method="hutch++")
+    print(
+        f"Trace: {reference.value:.3f} by {reference.applications} products of Hutch++ (standard error "
+        f"{reference.standard_error:.2g}); {forms.mean():.3f} by {most} of Hutchinson ({forms.std(ddof=1) / most**0.5:.2g})."
+    )
+    count = stopping(forms)
+    if count is None:
+        print(f"PyHessian's rule does not stop within {most} vectors.")
+    else:
+        error = abs(forms[:count].mean() / reference.value - 1)
+        print(f"PyHessian's rule stops after {count} vectors, {error:.1%} away.")
+    draw = np.random.default_rng(seed)
+    orders = [draw.permutation(forms) for _ in range(1000)]
+    counts = [stopping(order) for order in orders]
+    stopped = [order[:count].mean() for order, count in zip(orders, counts, strict=True) if count is not None]
+    print(f"Of 1000 orders of these vectors {len(stopped)} stop", end="")
+    if stopped:
+        errors = np.asarray(stopped) / reference.value - 1
+        median = np.median([count for count in counts if count is not None])
+        print(
+            f", after {median:.0f} (median): {np.sqrt(np.mean(errors**2)):.1%} away (root mean square), "
+            f"{np.mean(np.abs(errors) > 0.01):.0%} of them by more than 1 %",
+            end="",
+        )
+    print(".")
+
+
+def stopping(forms: np.ndarray) -> int | None:
+    """After how many terms their running mean changes by less than the tolerance; None where it never does."""
+    means = np.cumsum(forms) / np.arange(1, len(forms) + 1)
+    still = np.abs(np.diff(means)) / (np.abs(means[:-1]) + 1e-6) < TOLERANCE
+    return int(np.argmax(still)) + 2 if still.any() else None
 
 
 def _stacked(vectors: list):
@@ -167,16 +200,18 @@ def _rows(vectors):
     return [jax.tree.map(lambda leaf, i=index: leaf[i], vectors) for index in range(TOP)]
 
 
-def timed(case: Case, rounds: int, rank: int) -> None:
+def timed(case: Case, rounds: int, rank: int, rule: str, most: int) -> None:
     """The table of times: both sides in turns, the first call of ours with its compilation.
 
     The batch is resident and keeps what does not depend on the vector, on both sides.
     """
     paths, _ = case.vectors(TOP, signs=False)
+    words = "PyHessian's rule" if rule == "quotient" else "PyHessian's loop to the same residual"
     print(
-        "| round | Lanczos: s | products | largest true residual, of λ | PyHessian's rule: s | products | largest, of λ | ratio |"
+        f"| round | Lanczos: s | products | largest true residual, of λ | {words}: s | products | largest, of λ | values "
+        "| time ratio |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for number in range(rounds):
         begin = time.perf_counter()
         options = {"rank": rank, "top": TOP, "tolerance": TOLERANCE, "check_every": 5}
@@ -187,7 +222,7 @@ def timed(case: Case, rounds: int, rank: int) -> None:
             trees.norm(trees.add(case.operator()(vector), vector, -value))
             for value, vector in zip(found.values, _rows(found.vectors), strict=True)
         ]
-        theirs = case.torch.ask(do="eigenvalues", starts=paths, steps=STEPS, tolerance=TOLERANCE)
+        theirs = case.eigenvalues(paths, rule, most)
         ours_worst = np.max(np.asarray(residuals) / np.abs(found.values))
         theirs_worst = np.max(np.asarray(theirs["residuals"]) / np.abs(theirs["values"]))
         cells = (
@@ -198,6 +233,7 @@ def timed(case: Case, rounds: int, rank: int) -> None:
             f"{theirs['seconds']:.1f}",
             theirs["products"],
             f"{theirs_worst:.1e}",
+            f"{len(theirs['values'])} of {TOP}",
             f"{seconds / theirs['seconds']:.2f}",
         )
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
@@ -207,18 +243,25 @@ def timed(case: Case, rounds: int, rank: int) -> None:
 def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=("exact", "time"))
+    parser.add_argument("table", choices=("exact", "time", "trace"))
     parser.add_argument("--model", choices=("resnet", "vit"), default="resnet")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rank", type=int, default=60)
     parser.add_argument("--probes", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--rule", choices=("quotient", "residual"), default="quotient", help="what ends the peer's loop"
+    )
+    parser.add_argument("--products", type=int, default=TOP * STEPS, help="of the peer's loop at most, in all")
+    parser.add_argument("--signs", type=int, default=200, help="vectors of the trace at most")
+    parser.add_argument("--samples", type=int, default=240, help="products of Hutch++ beside it")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the trace's vectors")
     parser.add_argument("--data", type=pathlib.Path, default=os.environ.get("ROBUST_VIT_DATA", "../shared/data"))
     parser.add_argument("--peer_python", required=True)
     flags = parser.parse_args()
     flags.data = pathlib.Path(flags.data)
-    if flags.table == "exact" and flags.model != "resnet":
-        parser.error("exact is of the ResNet-20")
+    if flags.table != "time" and flags.model != "resnet":
+        parser.error(f"{flags.table} is of the ResNet-20")
     command_line.configure_jax()
     torch = torch_process.Torch(flags.peer_python, "curvature_peer.py")
     try:
@@ -227,8 +270,10 @@ def main() -> None:
             case = Case(flags, torch, pathlib.Path(work))
             if flags.table == "exact":
                 exact(case, flags.probes, flags.rank)
+            elif flags.table == "trace":
+                trace(case, flags.signs, flags.samples, flags.seed)
             else:
-                timed(case, flags.rounds, flags.rank)
+                timed(case, flags.rounds, flags.rank, flags.rule, flags.products)
     finally:
         torch.close()
 

@@ -36,12 +36,13 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="Ti")
+    parser.add_argument("--depth", type=int, help="blocks; those of the size by default")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--remat", action="store_true", help="blocks computed again in the backward pass")
     flags = parser.parse_args()
     command_line.configure_jax()
-    module = models.build("vit", num_classes=1000, size=flags.size, remat=flags.remat)
+    module = models.build("vit", num_classes=1000, size=flags.size, depth=flags.depth, remat=flags.remat)
     spec = classifier.ImageSpec(size=(flags.side, flags.side))
     model = classifier.Classifier(models.init(module, spec, jax.random.key(0)), module, spec)
     batch = {

@@ -18,7 +18,8 @@ import torch
 class Peer:
     """A network's loss on one batch, with the graph of its gradient."""
 
-    def __init__(self, model: str, given: dict, images: str, labels: str, weights: str, double: bool):
+    def __init__(self, model: str, given: dict, images: str, labels: str, weights: str, double: bool, seed: int):
+        torch.manual_seed(seed)
         built = peers.Peer(model, given, images, labels, weights)
         network = built.networks["" if model == "resnet" else "eager"]
         self.inner = network if model == "resnet" else network.network
@@ -71,33 +72,62 @@ class Peer:
                 sum(c * v for c, v in zip(coefficients[:, index], parts, strict=True))
                 for parts in zip(*basis, strict=True)
             ]
-            image = self.product(vector)
-            residuals.append(float(_norm([a - values[index] * v for a, v in zip(image, vector, strict=True)])))
+            residuals.append(_residual(self.product(vector), vector, values[index]))
         return {"values": values[chosen].tolist(), "residuals": residuals}
 
-    def eigenvalues(self, starts: list[str], steps: int, tolerance: float) -> dict:
-        """Power iteration with deflation under PyHessian's rule, from these starts; the true residuals are not timed."""
-        begin, products = time.perf_counter(), 0
+    def eigenvalues(self, starts: list[str], tolerance: float, steps: int, rule: str, products: int) -> dict:
+        """Power iteration with deflation from these starts; the true residuals are not timed.
+
+        Args:
+          starts: files, one for each eigenvalue.
+          tolerance: relative.
+          steps: products at most, for each.
+          rule: `quotient` ends at two quotients in a row that are this near, and returns the one before with the vector after:
+            PyHessian's. `residual` is the same loop, ended by the true residual of the vector: a tenth of the tolerance for
+            all but the last, because deflation hands their errors on; or where those errors are all that is left of it.
+          products: at most, for all together.
+        """
+        begin, applied = time.perf_counter(), 0
         values, vectors = [], []
         for path in starts:
             vector, value = _unit(self.read(path)), None
             for _ in range(steps):
+                if applied == products:
+                    break
                 vector = _unit(_outside(vector, vectors))
                 image = self.product(vector)
-                products += 1
+                applied += 1
                 quotient = float(_dot(image, vector))
-                vector = _unit(image)
-                if value is not None and abs(value - quotient) / (abs(value) + 1e-6) < tolerance:
+                if rule == "residual":
+                    value = quotient
+                    enough = tolerance * abs(quotient) * (1.0 if path == starts[-1] else 0.1)
+                    deflated = _residual(_outside(image, vectors), vector, quotient)
+                    if min(_residual(image, vector, quotient), 10 * deflated) <= enough:
+                        break
+                elif value is not None and abs(value - quotient) / (abs(value) + 1e-6) < tolerance:
+                    vector = _unit(image)
                     break
-                value = quotient
+                value, vector = quotient, _unit(image)
+            if value is None:
+                break  # Nothing is left of the products for this one.
             values.append(value)
             vectors.append(vector)
         seconds = time.perf_counter() - begin
-        residuals = []
-        for value, vector in zip(values, vectors, strict=True):
-            image = self.product(vector)
-            residuals.append(float(_norm([a - value * v for a, v in zip(image, vector, strict=True)])))
-        return {"values": values, "residuals": residuals, "products": products, "seconds": seconds}
+        residuals = [
+            _residual(self.product(vector), vector, value) for value, vector in zip(values, vectors, strict=True)
+        ]
+        return {"values": values, "residuals": residuals, "products": applied, "seconds": seconds}
+
+    def signs(self, seed: int, count: int) -> dict:
+        """`v'Hv` of so many vectors of random signs: the terms of Hutchinson's trace."""
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for _ in range(count):
+            vector = [
+                torch.randint(0, 2, leaf.shape, generator=generator).to(self.dtype) * 2 - 1 for leaf in self.leaves
+            ]
+            found.append(float(_dot(vector, self.product(vector))))
+        return {"values": found}
 
 
 def _dot(left, right) -> torch.Tensor:
@@ -106,6 +136,10 @@ def _dot(left, right) -> torch.Tensor:
 
 def _norm(vector) -> torch.Tensor:
     return _dot(vector, vector) ** 0.5
+
+
+def _residual(image, vector, value: float) -> float:
+    return float(_norm([part - value * v for part, v in zip(image, vector, strict=True)]))
 
 
 def _unit(vector) -> list[torch.Tensor]:
