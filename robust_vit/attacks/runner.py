@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import pathlib
-import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from robust_vit import errors, files, loops, processes
+from robust_vit import errors, files, identities, loops, processes
 from robust_vit import mesh as meshes
 from robust_vit import programs as compiled
 from robust_vit.attacks import evaluation, inputs, skeleton
@@ -64,7 +61,6 @@ class RunResult:
 
 
 _JUDGED = ("success", "prediction", "loss", "distance", "forward_passes", "backward_passes", "vanished")
-_PLAIN = str | int | float | None
 _IDENTIFYING = ("position", "row", "label", "pixels")  # `pixels` is a checksum.
 
 
@@ -219,7 +215,7 @@ class _Pool:
         found = {name: meshes.fetch(getattr(result, name))[: len(batch)] for name in _JUDGED}
         for name, column in (("position", 0), ("row", 1), ("label", 3)):
             found[name] = np.asarray([example[column] for example, _ in batch], np.int32)
-        found["pixels"] = np.asarray([_checksum(example[2]) for example, _ in batch], np.uint32)
+        found["pixels"] = np.asarray([identities.checksum(example[2]) for example, _ in batch], np.uint32)
         if not np.isfinite(found["loss"]).all():
             rows = found["row"][~np.isfinite(found["loss"])]
             raise errors.UserError(
@@ -261,8 +257,11 @@ class _Store:
         self.given = 0
         if self.directory is None:
             return
-        identities = {"attack": _identity(attack), "model": _checksum(str(_identity(model)).encode())}
-        settings = files.jsonable({**settings, **identities})
+        told = {
+            "attack": identities.describe(attack),
+            "model": identities.checksum(str(identities.describe(model)).encode()),
+        }
+        settings = files.jsonable({**settings, **told})
         path = self.directory / "settings.json"
         if processes.is_first():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -293,7 +292,7 @@ class _Store:
         if position not in self.saved:
             return True
         saved = self.saved[position]
-        if saved != [row, label, _checksum(image)]:
+        if saved != [row, label, identities.checksum(image)]:
             pixels = " of other pixels" if saved[:2] == [row, label] else ""
             raise errors.UserError(
                 f"{self.directory} holds a run over other examples (number {position} is row {row} with label {label}, and was "
@@ -347,39 +346,3 @@ def _examples(examples, attack, model, slots: int, mesh: Mesh | None) -> Iterato
 
 def _padded(items: list, length: int) -> list:
     return items + [items[0]] * (length - len(items))
-
-
-def _checksum(content: np.ndarray | bytes) -> int:
-    return zlib.crc32(np.ascontiguousarray(content).tobytes() if isinstance(content, np.ndarray) else content)
-
-
-def _identity(value: Any) -> Any:
-    """What a value is in any process: numbers, checksums of arrays, names of classes and functions; never an address."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-        value = meshes.fetch(jax.random.key_data(value) if is_key else value)
-        return [str(value.dtype), value.shape, _checksum(value)] if value.ndim else value.item()
-    if isinstance(value, Mapping):
-        return {str(key): _identity(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_identity(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # A module of Linen leaves its parent out of its text, and so does this.
-        shown = [field.name for field in dataclasses.fields(value) if field.repr]
-        return {"class": _name(type(value)), **{name: _identity(getattr(value, name)) for name in shown}}
-    if hasattr(value, "__qualname__"):
-        # Functions of one name, made by one function, differ in the arrays and numbers that they were made with.
-        value = inspect.unwrap(value)
-        made_with = [getattr(value, "__self__", None)]
-        made_with += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        made_with = [leaf for leaf in jax.tree.leaves(made_with) if hasattr(leaf, "dtype") or isinstance(leaf, _PLAIN)]
-        return [_name(value), *map(_identity, made_with)]
-    if not jax.tree_util.all_leaves([value]):
-        return [_name(type(value)), *map(_identity, jax.tree.leaves(value))]
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"

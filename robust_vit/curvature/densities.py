@@ -13,7 +13,7 @@ import scipy.stats
 from jaxtyping import Array, Float, Key
 
 from robust_vit import errors, trees
-from robust_vit.curvature import eigenvalues, estimates, krylov, operators
+from robust_vit.curvature import eigenvalues, estimates, growth, krylov, operators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def density(
         keys = jnp.stack([jax.random.fold_in(key, probe) for probe in numbers])
         state = krylov.start(operator, keys if len(numbers) > 1 else keys[0], rank=rank)
         part = None if folder is None else pathlib.Path(folder) / f"probe_{first}"
-        with contextlib.closing(krylov.looks(operator, state, steps=chunk, folder=part)) as looks:
+        with contextlib.closing(growth.looks(operator, state, steps=chunk, folder=part)) as looks:
             for look in looks:
                 state, applications = look
                 # Also so that a number that is not finite is found early.

@@ -14,7 +14,7 @@ import scipy.linalg
 from jaxtyping import Array, Float, Key
 
 from robust_vit import errors, loops, trees
-from robust_vit.curvature import bases, krylov, operators
+from robust_vit.curvature import bases, growth, krylov, operators
 
 PyTree = Any
 
@@ -118,7 +118,7 @@ def lanczos(
         raise errors.UserError(f"block is {block}: expected a whole number of vectors from 1.")
     steps, chunk = krylov.counts(operator, rank, block, check_every, saved=folder is not None)
     state = krylov.start(operator, key, rank=steps * block, block=block, first=first)
-    with contextlib.closing(krylov.looks(operator, state, steps=chunk, folder=folder)) as looks:
+    with contextlib.closing(growth.looks(operator, state, steps=chunk, folder=folder)) as looks:
         for look in looks:
             state, applications = look
             found, coefficients, rows = solve(state, top, which, tolerance)

@@ -1,11 +1,9 @@
-"""Block Lanczos decompositions on pytrees, with full reorthogonalisation: started, extended, saved and gone on with."""
+"""Block Lanczos decompositions on pytrees, with full reorthogonalisation: started, extended, projected."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.struct
@@ -15,17 +13,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from robust_vit import checkpoints, errors, files, loops, mesh, processes, programs, trees
+from robust_vit import errors, loops, mesh, programs, trees
 from robust_vit.curvature import bases, operators, probes
 
 PyTree = Any
 # Vectors between two saves, where nobody looks for convergence.
 SAVE_EVERY = 10
-_IDENTITY = "identity.json"
 # What rounding, other devices included, makes of one product is far below this share of it.
 _SAME = 1e-3
-# How the work is cut up, not what it is.
-_CUTS = ("microbatch", "batches")
 
 
 class Krylov(flax.struct.PyTreeNode):
@@ -115,43 +110,9 @@ def extend(operator: operators.Operator, krylov: Krylov, *, steps: int, donate: 
     """
     if operators.by_host(operator):
         for _ in range(steps):
-            krylov = _absorb_in_place(krylov, _image(operator, krylov))
+            krylov = _absorb_in_place(krylov, image(operator, krylov))
         return krylov
     return loops.repeat(_step, krylov, steps, operator, donate=donate)
-
-
-def looks(
-    operator: operators.Operator, krylov: Krylov, *, steps: int, folder: pathlib.Path | str | None = None
-) -> Iterator[tuple[Krylov, int]]:
-    """The decomposition every so many steps, until there is no room or no direction, and how many applications it took.
-
-    Args:
-      operator: the map.
-      krylov: empty; its memory is given up, and so is that of each that follows.
-      steps: between two looks.
-      folder: where each is saved before it is handed out. The first is then what was saved last, if anything was.
-
-    Raises:
-      UserError: as `Saved`.
-    """
-    saved, applications = None if folder is None else Saved(folder, operator, krylov), 0
-    try:
-        found = None if saved is None else saved.restore(krylov)
-        if found is not None:
-            krylov, applications = found
-            yield krylov, applications
-        while not _ended(krylov):
-            # Where the host applies the operator, an idle step would be a pass over the data.
-            room = krylov.steps - int(jnp.min(krylov.size))
-            chunk = min(steps, room) if operators.by_host(operator) else steps
-            krylov = extend(operator, krylov, steps=chunk, donate=True)
-            applications += chunk * krylov.width
-            if saved is not None:
-                saved.save(krylov, applications)
-            yield krylov, applications
-    finally:
-        if saved is not None:
-            saved.close()
 
 
 def projected(krylov: Krylov) -> tuple[Float[np.ndarray, "rows rows"], Float[np.ndarray, "rows block"], np.ndarray]:
@@ -231,71 +192,13 @@ def counts(
     return steps, max(1, min(steps, check_every // block))
 
 
-class Saved:
-    """A folder in which a decomposition is kept, so that it can be gone on with after a kill, to the same bytes.
-
-    Args:
-      folder: of one decomposition.
-      operator: whose. It is told apart from others by its type and settings, by a checksum of its arrays (over a data set: of
-        the parameters), and, before it is gone on with, by its image of the first block.
-      krylov: empty, with the shapes and the sharding of what is saved.
-
-    Raises:
-      UserError: the folder is that of another decomposition.
-    """
-
-    def __init__(self, folder: pathlib.Path | str, operator: operators.Operator, krylov: Krylov):
-        self._folder, self._operator = pathlib.Path(folder), operator
-        identity = {
-            "operator": _description(operator),
-            "checksum": _checksum(operator, krylov),
-            "steps": krylov.steps,
-            "block": krylov.block,
-        }
-        self._store = checkpoints.Checkpoints(self._folder, keep=1)
-        path = self._folder / _IDENTITY
-        if processes.is_first() and not path.exists():
-            files.write_json(path, identity)
-        processes.barrier("decomposition")
-        if files.read_json(path) != identity:
-            self._store.close()
-            raise self._foreign()
-
-    def restore(self, krylov: Krylov) -> tuple[Krylov, int] | None:
-        """The decomposition that was saved last and how many applications it took, or None. One application, not counted.
-
-        Raises:
-          UserError: the operator's image of the first block is not the one that was saved.
-        """
-        found = self._store.restore(_plain(krylov))
-        if found is None:
-            return None
-        saved = _typed(found.state)
-        if not _is_of(saved, _image(self._operator, krylov)).all():
-            raise self._foreign()
-        return saved, int(found.metrics["applications"])
-
-    def save(self, krylov: Krylov, applications: int) -> None:
-        """Saves; returns when the arrays have been copied."""
-        self._store.save(int(jnp.max(krylov.size)), _plain(krylov), metrics={"applications": applications})
-
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._store.close()
-
-    def _foreign(self) -> errors.UserError:
-        return errors.UserError(
-            f"{self._folder} holds the decomposition of another operator, key, rank or block: give another folder, or remove it."
-        )
-
-
 def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Krylov:
     """One step. The vector goes in by its number in the decomposition, so that the run may be cut anywhere."""
     del index
     return _absorb(krylov, _images(operator, krylov))
 
 
-def _image(operator: operators.Operator, krylov: Krylov) -> PyTree:
+def image(operator: operators.Operator, krylov: Krylov) -> PyTree:
     """What the operator makes of the vectors that follow, outside of a program."""
     return _images(operator, krylov) if operators.by_host(operator) else _images_at_once(operator, krylov)
 
@@ -360,15 +263,15 @@ def _absorb(krylov: Krylov, images: PyTree) -> Krylov:
 
 
 @jax.jit
-def _ended(krylov: Krylov) -> jax.Array:
+def ended(krylov: Krylov) -> jax.Array:
     return jnp.all((krylov.size == krylov.steps) | krylov.broken)
 
 
 @jax.jit
-def _is_of(krylov: Krylov, images: PyTree) -> jax.Array:
+def is_of(krylov: Krylov, images: PyTree) -> jax.Array:
     """Whether these are the images of the first block."""
     if krylov.size.ndim:
-        return jax.vmap(_is_of)(krylov, images)
+        return jax.vmap(is_of)(krylov, images)
     block = krylov.block
     first = jax.tree.map(lambda rows: rows[:block], krylov.basis)
     second = krylov.following
@@ -450,52 +353,3 @@ def _shardings(krylov: Krylov, placement: tuple[NamedSharding, ...]) -> Krylov:
         structure, [NamedSharding(one.mesh, PartitionSpec(*before, *one.spec)) for one in placement]
     )
     return jax.tree.map(lambda _: whole, krylov).replace(basis=rows, following=rows)
-
-
-def _plain(krylov: Krylov) -> dict[str, Any]:
-    """What is saved: typed keys as their numbers."""
-    fields = {name: getattr(krylov, name) for name in krylov.__dataclass_fields__}
-    return {**fields, "key": jax.random.key_data(krylov.key)}
-
-
-def _typed(state: dict[str, Any]) -> Krylov:
-    return Krylov(**{**state, "key": jax.random.wrap_key_data(state["key"])})
-
-
-def _description(value: Any) -> str:
-    """What an operator is and is set to: names and numbers, of arrays the shape; nothing that another process calls otherwise."""
-    if isinstance(value, functools.partial):
-        arguments = [*map(_description, value.args), _description(value.keywords)]
-        return f"{_description(value.func)}({', '.join(arguments)})"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-        return f"{_description(type(value))}{_description(fields)}"
-    if isinstance(value, Mapping):
-        return str({str(name): _description(one) for name, one in value.items() if name not in _CUTS})
-    if isinstance(value, list | tuple):
-        return str([_description(one) for one in value])
-    if value is None or isinstance(value, bool | int | float | complex | str):
-        return repr(value)
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}{list(value.shape)}"
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _checksum(operator: operators.Operator, krylov: Krylov) -> int:
-    arrays = operator.like if operators.by_host(operator) else operator
-    return int(_mixed(arrays, krylov.following, krylov.key))
-
-
-@jax.jit
-def _mixed(*trees_of_arrays: PyTree) -> jax.Array:
-    """A number of the bits of all leaves and their places: integers, so that no order of summation changes it."""
-    total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(trees_of_arrays):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
-        width = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32).reshape(-1)
-        total = total * jnp.uint32(0x9E3779B1) + jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1))
-    return total

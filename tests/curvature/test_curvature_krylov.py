@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from robust_vit import curvature, errors, losses, trees
-from robust_vit.curvature import eigenvalues, krylov, operators
+from robust_vit.curvature import eigenvalues, growth, krylov, operators
 
 KEY = jax.random.key(0)
 
@@ -377,8 +377,8 @@ def test_another_operator_on_the_same_arrays_is_not_gone_on_with(tmp_path, monke
 
 def test_a_folder_is_saved_to_on_the_way_without_an_end_before_the_last(tmp_path, monkeypatch):
     values = np.r_[np.linspace(0, 1, 95), [10, 20, 30, 40, 50]]
-    saves, save = [], krylov.Saved.save
-    monkeypatch.setattr(krylov.Saved, "save", lambda *given: (saves.append(given[-1]), save(*given)))
+    saves, save = [], growth.Saved.save
+    monkeypatch.setattr(growth.Saved, "save", lambda *given: (saves.append(given[-1]), save(*given)))
     found = curvature.lanczos(_operator(values), KEY, rank=28, top=1, folder=tmp_path)
     assert saves == [10, 20, 30]
     assert (len(found.ritz), found.applications) == (28, 30)

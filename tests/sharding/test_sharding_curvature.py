@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from robust_vit import classifier, collectives, curvature, loops, mesh, models, trees
-from robust_vit.curvature import ascents, batches, krylov, per_example
+from robust_vit.curvature import ascents, batches, growth, krylov, per_example
 from robust_vit.studies import training_loss
 from robust_vit.training import optimizers
 from robust_vit.training import state as train_state
@@ -203,7 +203,7 @@ def test_what_8_devices_saved_2_go_on_with(tmp_path):
     devices, operator = operators[8]
     with mesh.context(devices):
         state = krylov.start(operator, KEY, rank=RANK)
-        saved = krylov.Saved(tmp_path, operator, state)
+        saved = growth.Saved(tmp_path, operator, state)
         saved.save(krylov.extend(operator, state, steps=4), 4)
         saved.close()
     devices, operator = operators[2]
