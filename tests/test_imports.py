@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_vit"
 FLOORS = {
-    1: "classifier losses loops plots mesh collectives processes checkpoints trees errors files registry tables progress "
+    1: "classifier losses loops plots mesh collectives processes checkpoints trees errors files identities registry tables progress "
     "command_line programs allocation",
     2: "attacks corruptions curvature metrics models data",
     3: "training",
