@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_vit"
 FLOORS = {
-    1: "classifier losses loops plots mesh collectives processes checkpoints trees errors files identities registry tables progress "
-    "command_line programs allocation",
+    1: "classifier losses loops plots mesh collectives processes checkpoints trees errors files identities registry tables "
+    "progress command_line programs allocation",
     2: "attacks corruptions curvature metrics models data",
     3: "training",
     4: "studies objectives",
