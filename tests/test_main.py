@@ -83,6 +83,7 @@ def whole(home, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_the_quickstart_writes_everything_it_promises(whole):
     html = (whole / "report" / "index.html").read_text(encoding="utf-8")
     for word in ("resnet", "vit", "Accuracy", "Calibration", "Adversarial robustness", "Hessian spectrum"):
@@ -92,6 +93,7 @@ def test_the_quickstart_writes_everything_it_promises(whole):
         assert len(list((whole / run / "studies").glob("*/step_*/result.json"))) == 4
 
 
+@pytest.mark.slow
 def test_finished_work_is_not_done_again(home, whole):
     before = _results(whole)
     code, text = _run(home, SMOKE, f"--workdir={whole}")
@@ -143,10 +145,10 @@ def test_killed_at_twenty_random_instants_ends_with_the_same_bytes(home, whole, 
     ("arguments", "message"),
     [
         (("--config=configs/quickstart.py:smok", "--workdir=x"), "did you mean 'smoke'"),
-        (("--config=configs/nothing.py", "--workdir=x"), "configs/nothing.py"),
+        pytest.param(("--config=configs/nothing.py", "--workdir=x"), "configs/nothing.py", marks=pytest.mark.slow),
         ((SMOKE, "--workdir=x", "--config.trian.steps=3"), "trian"),
-        ((SMOKE, "--workdir=x", "--config.train.steps=many"), "many"),
-        ((SMOKE,), "workdir"),
+        pytest.param((SMOKE, "--workdir=x", "--config.train.steps=many"), "many", marks=pytest.mark.slow),
+        pytest.param((SMOKE,), "workdir", marks=pytest.mark.slow),
         ((SMOKE, "--workdir=x", "--workdirr=y"), "workdirr"),
     ],
 )

@@ -54,6 +54,7 @@ def ran(tmp_path_factory):
     return folder, [json.loads(line) for line in done.stdout.splitlines()], done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
 def test_every_python_block_runs_and_prints_what_it_says(index, ran):
     folder, printed, failure = ran

@@ -115,6 +115,7 @@ def test_without_a_validation_split_the_last_checkpoint_is_read(folder, tmp_path
     assert subjects["main"].validation is None
 
 
+@pytest.mark.slow
 def test_logging_at_another_rhythm_after_a_resume_means_the_same(folder, tmp_path, whole):
     with pytest.raises(train.Stopped):
         _train(folder, tmp_path, stop=_after(7))
@@ -140,6 +141,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(folder, tmp_path, whole, p
     assert (resumed.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_end_of_the_warm_up_is_kept_through_kills_and_is_the_history(folder, tmp_path):
     flat = {"checkpoint.keep": 1, "optimizer.warmup_epochs": 0.8, "train.steps": 16, "study_step": "last"}
     kept = tmp_path / "main" / "checkpoints"
@@ -245,6 +247,7 @@ def test_resume_continues_another_run_and_init_takes_its_weights(folder, tmp_pat
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), state.params, expected))
 
 
+@pytest.mark.slow
 def test_replicas_are_trained_together_and_studied_apart(folder, tmp_path):
     setup = _train(folder, tmp_path, replicas=2, study_step="last")
     subjects, _ = runs.subjects(setup)
@@ -280,6 +283,7 @@ def test_mistakes_are_one_line(folder, tmp_path, flat, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flat",
     [{"train.accumulate": 2}, {"optimizer.name": "sam"}, {"optimizer.name": "lamb"}, {"train.average_decay": 0.9}],

@@ -278,6 +278,7 @@ def test_both_ends_alternate():
     )
 
 
+@pytest.mark.slow
 def test_over_a_data_set_it_is_lanczos_over_the_batch_of_all():
     params, batch = _network(0, 8)
     parts = [jax.tree.map(lambda leaf, r=rows: leaf[r], batch) for rows in (slice(0, 5), slice(5, 8))]

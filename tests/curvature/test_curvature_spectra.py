@@ -45,6 +45,7 @@ def test_a_deep_linear_network_has_one_negative_eigenvalue_at_its_saddle():
     assert curvature.condition_number(found.values, found.residuals, noise=found.noise) == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_condition_number_is_a_lower_bound_that_full_rank_attains():
     values = np.r_[-8.0, np.linspace(0.5, 4.0, 30)]
     operator = _with_spectrum(values)
@@ -170,6 +171,7 @@ def _small_net(params, batch):
     return jnp.mean((hidden @ params["head"] - batch["y"]) ** 2)
 
 
+@pytest.mark.slow
 def test_traces_of_blocks_sum_to_the_trace_and_their_eigenvalues_are_those_of_the_dense_blocks():
     generator = np.random.default_rng(0)
     shapes = {
