@@ -67,6 +67,11 @@ IN_DEPTH = (
 )
 
 
+# A process may have 65,530 maps of memory, of which a compiled program takes a dozen: beyond them it crashes.
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 30_000
+
+
 # Rooms whose default tests ask what is computed, not to which byte: compiled without most of XLA's optimisations, which is a
 # third of their time. `-m slow` and `-m parity` compile all as users do.
 PLAIN = ("corruptions", "curvature", "data", "metrics", "models", "objectives", "report", "studies", "training")
@@ -76,6 +81,12 @@ def pytest_runtest_setup(item):
     """Sets how the test and its fixtures are compiled."""
     in_depth = item.get_closest_marker("slow") or item.get_closest_marker("parity")
     jax.config.update("jax_disable_most_optimizations", item.path.parent.name in PLAIN and not in_depth)
+
+
+def pytest_runtest_teardown():
+    """Gives up what is compiled before it is too much for the process."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 def pytest_itemcollected(item):

@@ -16,7 +16,7 @@ from robust_vit.curvature import operators
 PyTree = Any
 _IDENTITY = "identity.json"
 # How the work is cut up, not what it is.
-_CUTS = ("microbatch", "batches")
+_CUTS = ("microbatch", "batches", "placed")
 
 
 def looks(

@@ -171,7 +171,7 @@ def test_batches_that_make_no_sense_are_refused(batches):
         (iter(batches), "a list"),
         ([], "no batches"),
         ({**first, "image": (255 * first["image"]).astype(np.uint8)}, "divide uint8"),
-        ({**first, "image": 2 * first["image"]}, "inside the model"),
+        ({**first, "image": 4 * first["image"] - 2}, "inside the model"),
         ({**first, "label": first["label"] + 3}, "0 to 3"),
         ({**first, "label": first["label"] - 1}, "from -1"),
         ([first, {**batches[1], "label": batches[1]["label"] + 3}], "0 to 3"),
