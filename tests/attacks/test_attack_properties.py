@@ -41,7 +41,7 @@ DRAWS = [
 EXACT = [(name, row.exact[0], row.classes[0]) for name, row in ROWS.items() if row.exact]
 CLOSED += [_case(name, norm, "untargeted", classes, 1, default=name == "pgd") for name, norm, classes in EXACT]
 PADDED = [_case(*row, default=row[0] in ("pgd", "fmn")) for row in EXACT]
-SLOTS = [_case(name, norm, default=False) for name, row in ROWS.items() for norm in row.norms]
+SLOTS = [_case(name, row.norms[0], default=False) for name, row in ROWS.items()]
 LUCK = [_case(name, row.norms[0], default=name == "pgd") for name, row in ROWS.items() if row.kind != "minimal"]
 RESTARTS = [
     _case(name, norm, default=name == "pgd" and norm == row.norms[0])
