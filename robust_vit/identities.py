@@ -6,6 +6,7 @@ What is saved for a run to go on with is told apart by it from what another run 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import zlib
@@ -60,7 +61,7 @@ def describe(value: Any, *, array: Callable[[Any], Any] = contents, without: Col
         return {str(key): tell(item) for key, item in value.items() if key not in without}
     if isinstance(value, list | tuple):
         return [tell(item) for item in value]
-    if isinstance(value, jax.tree_util.Partial) or hasattr(value, "func"):
+    if isinstance(value, functools.partial):
         return [tell(value.func), tell(value.args), tell(value.keywords)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # A module of Linen leaves its parent out of its text, and so does this.

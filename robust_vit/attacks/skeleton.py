@@ -69,7 +69,7 @@ class State(flax.struct.PyTreeNode, kw_only=True):
 # Of the state, what stays as it is, and what `Attack.finish` reads of the rest.
 FIXED = ("keys", "clean", "labels")
 JUDGED = ("images", "best", "count", "success", "vanished")
-_JUDGE = 0xFFFFFFFF  # The number of the draw that judges a stochastic model.
+JUDGE = 0xFFFFFFFF  # The number of the draw that judges a stochastic model.
 
 
 class AttackResult(flax.struct.PyTreeNode):
@@ -195,7 +195,7 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
         with jax.default_matmul_precision("highest"):
             images = self.against(model).answer(twin, state)
             # Draws of their own: an attack on a stochastic model is not judged on those that it has seen.
-            logits = evaluation.logits(twin, images, state.keys, _JUDGE)
+            logits = evaluation.logits(twin, images, state.keys, JUDGE)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         forward, backward = (evaluation.passes(model) * count for count in self.step_passes)
         return AttackResult(

@@ -44,7 +44,7 @@ class Transfer(NamedTuple):
 def predict(model: evaluation.Model, keys: Key[Array, " batch"], images: jax.Array) -> Int[Array, " batch"]:
     """The class that a model in float32 gives each image, a stochastic one under draws that no attack has seen. One pass."""
     with jax.default_matmul_precision("highest"):
-        logits = evaluation.logits(classifier.in_float32(model), images, keys, skeleton._JUDGE)
+        logits = evaluation.logits(classifier.in_float32(model), images, keys, skeleton.JUDGE)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
