@@ -134,6 +134,18 @@ def percent(axis: matplotlib_axes.Axes, which: str = "y") -> None:
     target.set_major_formatter(ticker.PercentFormatter(xmax=1.0, decimals=None))
 
 
+def logarithmic(axis: matplotlib_axes.Axes, which: str = "y") -> None:
+    """Makes an axis logarithmic, its numbers plain where they are short: 0.01, 2.5, 100."""
+    if which == "y":
+        axis.set_yscale("log")
+    else:
+        axis.set_xscale("log")
+    target = axis.yaxis if which == "y" else axis.xaxis
+    target.set_major_formatter(_Short())
+    # As matplotlib's own: fewer of the ticks between powers of ten are labelled, the more powers there are.
+    target.set_minor_formatter(_Short(minor_thresholds=(1, 0.4)))
+
+
 def confidence(axis: matplotlib_axes.Axes) -> None:
     """Makes the horizontal axis one of confidences within `CONFIDENCES`: 90 %, 99 % and 99.9 % are as far apart."""
 
@@ -209,6 +221,14 @@ def images(axis: matplotlib_axes.Axes, image: np.ndarray, *, symmetric: bool = F
     axis.grid(False)
     for spine in axis.spines.values():
         spine.set_visible(False)
+
+
+class _Short(ticker.LogFormatterSciNotation):
+    """Labels of a logarithmic axis: powers of ten where a plain number would be long."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        text = super().__call__(x, pos)
+        return f"{x:.6g}" if text and 1e-3 <= abs(x) < 1e4 else text
 
 
 def _adapt(svg: str) -> str:

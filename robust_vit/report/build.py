@@ -324,6 +324,11 @@ def _breakable(name: str) -> markupsafe.Markup:
     return markupsafe.Markup(re.sub(r"([_./-])(?=.)", r"\1<wbr>", str(markupsafe.escape(name))))
 
 
+def _marked(text: str) -> markupsafe.Markup:
+    """Prose with the names of settings, which stand between backquotes, as code."""
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
+
+
 def _value(cell: Any) -> str:
     """A cell without its interval, with a true minus sign before numbers."""
     if isinstance(cell, tables.Number):
@@ -346,4 +351,5 @@ def _environment() -> jinja2.Environment:
     environment.filters["value"] = _value
     environment.filters["interval"] = _interval
     environment.filters["breakable"] = _breakable
+    environment.filters["marked"] = _marked
     return environment

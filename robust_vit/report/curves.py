@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import figure as matplotlib_figure
+from matplotlib import ticker
 
 from robust_vit import plots
 from robust_vit.report import runs as run_lib
@@ -48,8 +49,9 @@ def training(runs: Sequence[run_lib.Run]) -> matplotlib_figure.Figure | None:
                     )
             axis.set_title(title)
             axis.set_xlabel("step")
+            axis.xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True))
             if logarithmic:
-                axis.set_yscale("log")
+                plots.logarithmic(axis)
             if share:
                 plots.percent(axis)
             if axis is axes[0][0] or len(panels) == 1:

@@ -115,7 +115,7 @@ def _draw(
             axis.plot(at, mean, color=color, label=f"early (step {summary['early']['step']:,})", **dotted)
     axis.axvline(0.0, color=plots.INK, linewidth=1.0, linestyle=(0, (4, 3)))
     axis.axhline(single, color=plots.INK, linewidth=0.8, linestyle=(0, (1, 2)))
-    axis.set_yscale("log")
+    plots.logarithmic(axis)
     # Two entries of a legend take a decade and a half.
     axis.set_ylim(bottom, (60 if len(found) > 1 else 3) * max(single, *(mean.max() for mean, _ in found.values())))
     axis.set_xlim(at[0], at[-1])

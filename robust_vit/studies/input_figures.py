@@ -64,7 +64,7 @@ def distributions(findings: Mapping[str, study.Finding], output: str) -> matplot
             (axes[0, 0], _LARGEST),
             (axes[0, 1], f"σ₁ of the Jacobian of the {output} (per pixel range)"),
         ):
-            axis.set_xscale("log")
+            plots.logarithmic(axis, "x")
             low, high = axis.get_xlim()
             if high < 50 * low:  # One power of ten at most would be named.
                 axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high > 4 * low else range(1, 10)))
@@ -75,7 +75,7 @@ def distributions(findings: Mapping[str, study.Finding], output: str) -> matplot
             plots.percent(axis)
         axes[0, 0].set_title("Curvature of the loss")
         axes[0, 1].set_title("Stretch of the answer")
-        axes[1, 0].set_yscale("log")
+        plots.logarithmic(axes[1, 0])
         axes[1, 0].set_xlabel("confidence of the model")
         axes[1, 0].set_ylabel(_LARGEST)
         axes[1, 0].set_title("Curvature and confidence")
@@ -126,8 +126,8 @@ def _diagonal(axis: matplotlib_axes.Axes, anything: bool) -> None:
         axis.set_yticks([])
         axis.text(0.5, 0.5, "no image bends downwards", transform=axis.transAxes, ha="center", va="center")
         return
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    plots.logarithmic(axis, "x")
+    plots.logarithmic(axis)
     low, high = (f(axis.get_xlim()[i], axis.get_ylim()[i]) for i, f in enumerate((max, min)))
     if low < high:
         axis.plot([low, high], [low, high], color=plots.INK, linewidth=1.0, linestyle=":", zorder=1)

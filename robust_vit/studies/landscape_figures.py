@@ -126,7 +126,7 @@ def profiles(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
                         alpha=1.0 if len(grid.loss) == 1 else 0.6,
                         label=run if plane == 0 else None,
                     )
-            axis.set_yscale("log")
+            plots.logarithmic(axis)
             _nats(axis.yaxis)
             axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
             axis.axvline(0.0, color=plots.INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)

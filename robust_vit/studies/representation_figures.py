@@ -107,8 +107,8 @@ def step_sizes(
             axis.set_title(run if rate > 0 else f"{run} (turning rate 0)", fontsize=10, pad=5)
             axis.set_xlabel("step size Δ (RMS change of a pixel)")
             largest.append(max(np.quantile(tangents, 0.5, axis=0).max(), middle.max(), 1e-6))
-            axis.set_xscale("log")
-            axis.set_yscale("log")
+            plots.logarithmic(axis, "x")
+            plots.logarithmic(axis)
         # What a piecewise linear model has of exact zeros, and a line that leaves the angles, set no limits.
         axes[0, 0].set_ylim(min(1e-5, max(largest) / 10), max(4.0, *largest))
         axes[0, 0].set_ylabel("direction change (rad)")

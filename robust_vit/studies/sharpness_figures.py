@@ -64,8 +64,8 @@ def _panel(axis: matplotlib_axes.Axes, entries: Mapping[str, Any], along: str, s
                 marker=plots.marker(index),
                 markersize=5.5 if strong else 3.5,
             )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    plots.logarithmic(axis, "x")
+    plots.logarithmic(axis)
     axis.xaxis.set_major_locator(ticker.FixedLocator(sorted({at for entry in entries.values() for at in entry[along]})))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))

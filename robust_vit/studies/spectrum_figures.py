@@ -116,7 +116,7 @@ def blocks(findings: Mapping[str, study.Finding]) -> matplotlib_figure.Figure:
                     _block(axis, place + shift, entry, index, early=bool(prefix), label=label)
             axis.set_yticks(range(len(entries)), entries)
             axis.set_ylim(len(entries) - 0.5, -0.5)
-            axis.set_xscale("log")
+            plots.logarithmic(axis, "x")
             axis.set_title(run)
             axis.set_xlabel("|λ| in the block (nats)")
             plots.legend(axis, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)

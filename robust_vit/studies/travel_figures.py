@@ -48,7 +48,7 @@ def confidence(
                     label=run,
                     zorder=3,
                 )
-            axis.set_yscale("log")
+            plots.logarithmic(axis)
             axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_title(words)
             axis.set_xlabel("confidence of the unmoved image")

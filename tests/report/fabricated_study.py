@@ -36,7 +36,7 @@ class Fabricated(studies.Study):
 
     def summarise(self, records):
         interval = statistics.proportion(int(records["correct"].sum()), len(records["correct"]))
-        caveats = ["A coin sees <nothing>."]
+        caveats = ["A coin sees <nothing>: raise `flips`."]
         if interval.value < 0.6:
             caveats.append("This coin is hardly better than chance.")
         return {"accuracy": dataclasses.asdict(interval), "caveats": caveats}

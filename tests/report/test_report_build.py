@@ -77,7 +77,7 @@ def test_what_is_in_the_page(page):
     for expected in (
         "resnet and vit",
         "How often is a coin right?",
-        "A coin sees <nothing>.",
+        "A coin sees <nothing>: raise",
         "vit. This coin is hardly better than chance.",
         "Second paragraph of the protocol.",
         "coins, 200 test images",
@@ -88,6 +88,7 @@ def test_what_is_in_the_page(page):
         assert expected in text, expected
     assert "resnet. This coin" not in text
     assert "A fabricated &lt;study&gt;" in content
+    assert "raise <code>flips</code>." in content
     assert "<nothing>" not in content.replace("&lt;nothing&gt;", "")
     assert 'name="viewport"' in content
     assert "prefers-color-scheme: dark" in content
@@ -121,7 +122,7 @@ def test_card(page):
     entry = card["runs"]["vit"]["studies"]["coin"]
     assert entry["data"] == {"name": "coins", "fingerprint": "0123", "examples": 200}
     assert entry["settings"]["epsilons"] == [0.0, 0.5]
-    assert entry["caveats"] == ["A coin sees <nothing>.", "This coin is hardly better than chance."]
+    assert entry["caveats"] == ["A coin sees <nothing>: raise `flips`.", "This coin is hardly better than chance."]
     assert entry["provenance"]["versions"] == {"jax": "0.10.2"}
     assert (page.parent / entry["result"] / results.RESULT).is_file()
     (comparison,) = card["comparisons"]

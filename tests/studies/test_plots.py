@@ -80,3 +80,24 @@ def test_an_image_of_one_channel_is_grey():
     center = pixels[pixels.shape[0] // 2, pixels.shape[1] // 2]
     assert len(set(center[:3])) == 1
     assert abs(int(center[0]) - 127) <= 2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected", "plain"),
+    [
+        (2.29, 2.47, {"2.3", "2.4"}, True),
+        (0.02, 300.0, {"0.1", "1", "10", "100"}, True),
+        (1e-7, 1e5, set(), False),
+    ],
+)
+@pytest.mark.parametrize("which", ["x", "y"])
+def test_logarithmic_axes_have_plain_numbers_where_these_are_short(which, low, high, expected, plain):
+    with plots.style():
+        figure, axes = plots.figure(width=3, height=3)
+        plots.logarithmic(axes[0, 0], which)
+        getattr(axes[0, 0], f"set_{which}lim")(low, high)
+        figure.canvas.draw()
+        target = getattr(axes[0, 0], f"{which}axis")
+        labels = {label.get_text() for label in (*target.get_majorticklabels(), *target.get_minorticklabels())}
+    assert expected <= labels
+    assert plain != any("10^" in label for label in labels)
