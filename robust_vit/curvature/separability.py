@@ -24,14 +24,24 @@ _WAY_OUT = (
 )
 
 
-def check_mean(loss: Callable, params: PyTree, batch: PyTree, context: tuple) -> None:
+def check_mean(loss: Callable, params: PyTree, batch: PyTree, context: tuple, *, microbatch: int | None = None) -> None:
     """Tries whether a scalar loss is a mean over examples, once for each loss and shapes. Four forward passes then.
 
-    Of such a mean the batches (a, b) and (b, a) have the same, and in sum what (a, a) and (b, b) have.
+    Of such a mean the batches (a, b) and (b, a) have the same, and in sum what (a, a) and (b, b) have. A sum over examples has,
+    too, and on a whole batch it is as good; of microbatches it is refused, by two more passes.
+
+    Args:
+      loss: `loss(params, batch, *context)`.
+      params: its parameters.
+      batch: the examples.
+      context: what else it gets.
+      microbatch: how many examples will be differentiated at a time, where that is not all of them.
 
     Raises:
       UserError: it is none, or not finite.
     """
+    if microbatch is not None:
+        _check_size(loss, params, batch, context, microbatch)
     passed, size = _record(loss, (params, batch, context), batch)
     if passed:
         return
@@ -50,6 +60,21 @@ def check_mean(loss: Callable, params: PyTree, batch: PyTree, context: tuple) ->
         raise errors.UserError(
             f"the loss is no mean over examples: {found[:2].sum() / 2:.6g} over two halves together, {found[2:].sum() / 2:.6g} "
             "over each with itself. " + _WAY_OUT
+        )
+    passed.append(True)
+
+
+def _check_size(loss: Callable, params: PyTree, batch: PyTree, context: tuple, microbatch: int) -> None:
+    """Refuses a loss that is not the same over many and over few examples that are all the same."""
+    passed, size = _record(loss, (params, batch, context, np.empty(microbatch)), batch)
+    if passed:
+        return
+    one = np.zeros(size, int)
+    many, few = (float(_value(loss, params, _taken(batch, one[:count]), context)) for count in (size, microbatch))
+    if abs(many - few) > _ROUNDING * (abs(many) + abs(few)):
+        raise errors.UserError(
+            f"the loss is no mean over examples: {many:.6g} over {size} times the first one, {few:.6g} over {microbatch} times. "
+            "Divide a sum by the number of examples; or, if it is meant so, separable=False."
         )
     passed.append(True)
 

@@ -231,6 +231,24 @@ def test_statistics_over_the_batch_are_refused_unless_they_are_meant():
     np.testing.assert_allclose(found, _matrix(curvature.hessian(_softmax, params, centred)), atol=1e-6)
 
 
+def _summed(params, batch):
+    return len(batch["t"]) * _softmax(params, batch)
+
+
+def test_a_sum_over_examples_is_refused_where_microbatches_would_be_averaged():
+    _, params, batch, _ = _closed_forms()["softmax regression"]
+    params, batch = _cast(params, np.float32), _cast(batch, np.float32)
+    mean = _matrix(curvature.hessian(_softmax, params, batch, microbatch=3))
+    for microbatch in (None, len(batch["t"])):
+        total = _matrix(curvature.hessian(_summed, params, batch, microbatch=microbatch))
+        np.testing.assert_allclose(total, len(batch["t"]) * mean, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        errors.UserError, match="no mean over examples.*over 7 times.*over 3 times.*Divide.*separable=False"
+    ):
+        curvature.hessian(_summed, params, batch, microbatch=3)
+    curvature.hessian(_summed, params, batch, microbatch=3, separable=False)
+
+
 def _dropped(params, batch, *_):
     """Dropout with one key: a mask for each place in the batch."""
     kept = jax.random.bernoulli(jax.random.key(0), 0.5, batch["x"].shape)
