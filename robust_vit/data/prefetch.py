@@ -31,8 +31,9 @@ def on_host(
 ) -> Iterator[Batch]:
     """The batches of `steps`, made ahead by threads that end when the caller stops, however it stops.
 
-    Threads, not processes: decoding and resizing release the interpreter's lock. On 2 cores a JPEG of 256 px takes 0.36 ms with
-    one thread, 0.20 with two, 0.23 with two processes (a resize .146, .077, .108), which would have to copy their pixels too.
+    Threads, not processes: decoding and resizing release the interpreter's lock. On 2 cores a JPEG of 256 px, cropped and
+    resized, takes 0.63 ms with one thread, 0.35 with two, 0.46 with two processes, which have to copy their pixels too
+    (`tests/benchmarks/input_pipeline.py`).
 
     Args:
       make: (step, part of the batch, where its images go) -> the other arrays of that part.
