@@ -9,8 +9,8 @@ is its steps at the median speed of the log. Run it on an otherwise idle machine
 
 from __future__ import annotations
 
+import argparse
 import ast
-import sys
 import tempfile
 import time
 
@@ -20,10 +20,10 @@ import numpy as np
 from robust_vit import command_line, planning, progress, runs, settings, train
 
 
-def _configuration(arguments: list[str]):
-    path, _, argument = arguments[0].partition(":")
+def _configuration(given: str, overrides: list[str]):
+    path, _, argument = given.partition(":")
     config = configurations.load(path, argument)
-    for override in arguments[1:]:
+    for override in overrides:
         key, _, value = override.partition("=")
         with config.ignore_type():
             try:
@@ -41,10 +41,14 @@ def _trained(setup: runs.Setup) -> float:
     return setup.steps * setup.config.data.batch / speed
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Plans, runs, compares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a file of configs/, after a colon its argument")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    flags = parser.parse_args()
     command_line.configure_jax()
-    resolved = settings.resolve(_configuration(arguments))
+    resolved = settings.resolve(_configuration(flags.config, flags.overrides))
     with tempfile.TemporaryDirectory() as workdir:
         setups = {name: train.settle(runs.prepare(config, workdir, name)) for name, config in resolved.items()}
         asked = settings.build_studies(next(iter(resolved.values())))
@@ -74,4 +78,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
