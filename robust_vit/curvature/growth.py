@@ -73,6 +73,7 @@ class Saved:
             "checksum": _checksum(operator, krylov),
             "steps": krylov.steps,
             "block": krylov.block,
+            "arrays": [list(rows.shape) for rows in jax.tree.leaves(krylov.basis)],
         }
         self._store = checkpoints.Checkpoints(self._folder, keep=1)
         path = self._folder / _IDENTITY
@@ -92,7 +93,7 @@ class Saved:
         found = self._store.restore(_plain(krylov))
         if found is None:
             return None
-        saved = _typed(found.state)
+        saved = _typed(found.state, krylov)
         if not krylov_lib.is_of(saved, krylov_lib.image(self._operator, krylov)).all():
             raise self._foreign()
         return saved, int(found.metrics["applications"])
@@ -113,12 +114,12 @@ class Saved:
 
 def _plain(krylov: krylov_lib.Krylov) -> dict[str, Any]:
     """What is saved: typed keys as their numbers."""
-    fields = {name: getattr(krylov, name) for name in krylov.__dataclass_fields__}
+    fields = {name: getattr(krylov, name) for name in krylov.__dataclass_fields__ if name != "layout"}
     return {**fields, "key": jax.random.key_data(krylov.key)}
 
 
-def _typed(state: dict[str, Any]) -> krylov_lib.Krylov:
-    return krylov_lib.Krylov(**{**state, "key": jax.random.wrap_key_data(state["key"])})
+def _typed(state: dict[str, Any], like: krylov_lib.Krylov) -> krylov_lib.Krylov:
+    return like.replace(**{**state, "key": jax.random.wrap_key_data(state["key"])})
 
 
 def _checksum(operator: operators.Operator, krylov: krylov_lib.Krylov) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from robust_vit import errors, loops, mesh, programs, trees
-from robust_vit.curvature import bases, operators, probes
+from robust_vit.curvature import bases, layouts, operators, probes
 
 PyTree = Any
 # Vectors between two saves, where nobody looks for convergence.
@@ -27,7 +27,7 @@ class Krylov(flax.struct.PyTreeNode):
     """A Lanczos decomposition `A Q = Q T + (the following block) beta[-1]'`, as far as it has come. `block` is one or more.
 
     Where an invariant subspace is complete, no next vector follows from a vector of it: a random direction, orthogonal to all,
-    takes its place. Several decompositions in lock-step have one more axis, before all others.
+    takes its place. Several decompositions in lock-step have one more axis, before all others. Vectors lie as `layout` says.
 
     Attributes:
       basis: like the vectors with a leading axis `[steps * block]`; orthonormal rows, or zeros: rows to come, and the rest of
@@ -41,6 +41,7 @@ class Krylov(flax.struct.PyTreeNode):
       size: steps done.
       broken: there is no room, or no direction is left: further steps do nothing.
       key: of the random directions.
+      layout: which leaves of the operator's vectors are members of one array here; static.
     """
 
     basis: PyTree
@@ -52,6 +53,7 @@ class Krylov(flax.struct.PyTreeNode):
     size: Int[Array, "*lanes"]
     broken: Bool[Array, "*lanes"]
     key: Key[Array, "*lanes"]
+    layout: layouts.Layout = flax.struct.field(pytree_node=False)
 
     @property
     def steps(self) -> int:
@@ -81,15 +83,18 @@ def start(
       block: vectors a step.
       first: the first block `[block, ...]` in place of the draw; of any length, linearly independent.
     """
-    krylov = _start(operator.like, key, rank, block, placement_of(operator.like))
+    layout = layouts.of(operator.like)
+    krylov = _start(operator.like, key, rank, block, layout, placement_of(operator.like))
     if first is None:
         return krylov
-    given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (first, krylov.following))
+    given = jax.tree.map(jnp.shape, first)
+    wanted = jax.tree.map(lambda leaf: (block, *jnp.shape(leaf)), operator.like)
     if given != wanted:
         raise errors.UserError(
             f"the first vectors are {given}: expected {wanted}, {block} like the operator's vectors."
         )
-    krylov = _begin(krylov, jax.tree.map(lambda v, old: jnp.asarray(v, old.dtype), first, krylov.following))
+    first = layout.together(jax.tree.map(jnp.asarray, first), 1)
+    krylov = _begin(krylov, jax.tree.map(lambda v, old: v.astype(old.dtype), first, krylov.following))
     if not (trees.all_finite(krylov.following) and jnp.all(jax.vmap(trees.norm)(krylov.following) > 0)):
         raise errors.UserError(
             "the first vectors are zero, not finite, or not linearly independent: give others, or none."
@@ -153,10 +158,10 @@ def lanes(krylov: Krylov) -> list[Krylov]:
 
 
 def combine(krylov: Krylov, rows: np.ndarray, coefficients: Float[np.ndarray, "rows count"]) -> PyTree:
-    """Vectors `[count, ...]` of the coefficients in these rows of the basis."""
+    """Vectors `[count, ...]`, like the operator's, of the coefficients in these rows of the basis."""
     padded = np.zeros((krylov.kept.shape[0], coefficients.shape[1]))
     padded[rows] = coefficients
-    return bases.combine(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype))
+    return combined(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype), krylov.layout)
 
 
 def planned(
@@ -165,8 +170,8 @@ def planned(
     """The compiled programs of `lanczos` with how often each runs at most, for planning; the operator's arrays may be shapes."""
     steps, chunk = counts(operator, rank, block, check_every)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    placement = placement_of(operator.like)
-    krylov = _start.eval_shape(operator.like, key, steps * block, block, placement)
+    layout, placement = layouts.of(operator.like), placement_of(operator.like)
+    krylov = _start.eval_shape(operator.like, key, steps * block, block, layout, placement)
     if placement is not None:
         placed = _shardings(krylov, placement)
         krylov = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), krylov, placed)
@@ -199,7 +204,7 @@ def _step(krylov: Krylov, index: jax.Array, operator: operators.Operator) -> Kry
 
 
 def image(operator: operators.Operator, krylov: Krylov) -> PyTree:
-    """What the operator makes of the vectors that follow, outside of a program."""
+    """What the operator makes of the vectors that follow, in the decomposition's layout, outside of a program."""
     return _images(operator, krylov) if operators.by_host(operator) else _images_at_once(operator, krylov)
 
 
@@ -207,21 +212,24 @@ def _images(operator: operators.Operator, krylov: Krylov) -> PyTree:
     def flat(vectors: jax.Array, like: jax.Array) -> jax.Array:
         return vectors.reshape(krylov.width, *like.shape).astype(like.dtype)
 
-    vectors = jax.tree.map(flat, krylov.following, operator.like)
+    axis = krylov.size.ndim + 1
+    following = krylov.layout.apart(krylov.following, axis)
+    vectors = jax.tree.map(flat, following, operator.like)
     if operators.by_host(operator):
         images = operator.block(vectors)
     elif krylov.width == 1:
         images = jax.tree.map(lambda leaf: leaf[None], operator(jax.tree.map(lambda leaf: leaf[0], vectors)))
     else:
         images = jax.vmap(operator)(vectors)
-    return jax.tree.map(lambda image, v: image.reshape(v.shape), images, krylov.following)
+    images = jax.tree.map(lambda image, v: image.reshape(v.shape), images, following)
+    return krylov.layout.together(images, axis)
 
 
 _images_at_once = jax.jit(_images)
 
 
 def absorb(krylov: Krylov, images: PyTree) -> Krylov:
-    """The decomposition after a step, given what the operator makes of the block that follows, `[block, ...]`."""
+    """The decomposition after a step, given what the operator makes of the block that follows, in the same layout."""
     block = krylov.block
     active = (krylov.size < krylov.steps) & ~krylov.broken
     # Where nothing is to be done the writes fall outside and are dropped.
@@ -305,9 +313,10 @@ def _draw(key: jax.Array, like: PyTree, block: int) -> PyTree:
     )
 
 
-def start_like(like: PyTree, key: jax.Array, rank: int, block: int = 1) -> Krylov:
-    """`start` from the shapes and dtypes of the vectors alone."""
+def start_like(like: PyTree, key: jax.Array, rank: int, layout: layouts.Layout, block: int = 1) -> Krylov:
+    """`start` from the shapes and dtypes of the vectors alone, and their layout."""
     wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), like)
+    wide = layout.together(wide)
     steps = -(-rank // block)
     draw_key, fresh_key = jax.random.split(key)
     dtype = jnp.result_type(*jax.tree.leaves(wide))
@@ -325,12 +334,26 @@ def start_like(like: PyTree, key: jax.Array, rank: int, block: int = 1) -> Krylo
         size=jnp.int32(0),
         broken=jnp.bool_(False),
         key=fresh_key,
+        layout=layout,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _start(like: PyTree, key: jax.Array, rank: int, block: int, placement: tuple[NamedSharding, ...] | None) -> Krylov:
-    begin = functools.partial(start_like, like, rank=rank, block=block)
+@functools.partial(jax.jit, static_argnums=2)
+def combined(basis: PyTree, coefficients: Float[Array, "rows count"], layout: layouts.Layout) -> PyTree:
+    """Vectors `[count, ...]`, like the operator's, of a basis in this layout."""
+    return layout.apart(bases.combine(basis, coefficients), 1)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _start(
+    like: PyTree,
+    key: jax.Array,
+    rank: int,
+    block: int,
+    layout: layouts.Layout,
+    placement: tuple[NamedSharding, ...] | None,
+) -> Krylov:
+    begin = functools.partial(start_like, like, rank=rank, layout=layout, block=block)
     krylov = jax.vmap(begin)(key) if key.ndim else begin(key)
     if placement is None:
         return krylov
@@ -349,7 +372,6 @@ def _shardings(krylov: Krylov, placement: tuple[NamedSharding, ...]) -> Krylov:
     structure = jax.tree.structure(krylov.following)
     whole = NamedSharding(placement[0].mesh, PartitionSpec())
     before = [None] * (krylov.size.ndim + 1)
-    rows = jax.tree.unflatten(
-        structure, [NamedSharding(one.mesh, PartitionSpec(*before, *one.spec)) for one in placement]
-    )
+    placed = krylov.layout.shardings(placement)
+    rows = jax.tree.unflatten(structure, [NamedSharding(one.mesh, PartitionSpec(*before, *one.spec)) for one in placed])
     return jax.tree.map(lambda _: whole, krylov).replace(basis=rows, following=rows)

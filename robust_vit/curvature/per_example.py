@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Key
 
 from robust_vit import errors, loops, mesh, programs, trees
-from robust_vit.curvature import bases, eigenvalues, jacobians, krylov, operators, subsets
+from robust_vit.curvature import bases, eigenvalues, jacobians, krylov, layouts, operators, subsets
 
 PyTree = Any
 
@@ -107,7 +107,7 @@ def lanczos(
         raise errors.UserError(f"rank is {rank} for {top} eigenvalues: expected at least as many steps as eigenvalues.")
     rank = min(rank, dimension)
     chunk = min(check_every or rank, rank)
-    state = _start(operator.like, keys, rank, _placement(operator.like))
+    state = _start(operator.like, keys, rank, _layout(operator.like), _placement(operator.like))
     found: list[eigenvalues.Eigenvalues | None] = [None] * batch
     coefficients = np.zeros((batch, rank, top))
     applications = 0
@@ -131,7 +131,7 @@ def lanczos(
     residuals, noise = np.stack([one.residuals for one in chosen]), np.asarray([one.noise for one in chosen])
     eigenvectors = None
     if verify or vectors:
-        eigenvectors = _combine(state.basis, jnp.asarray(coefficients, state.alpha.dtype))
+        eigenvectors = _combine(state, jnp.asarray(coefficients, state.alpha.dtype))
         if verify:
             residuals = np.asarray(mesh.fetch(_residuals(operator, eigenvectors, values)), np.float64)
             applications += top
@@ -209,7 +209,7 @@ def planned(
     rank = min(rank, trees.count(operator.like) // _batch(operator.like))
     chunk = min(check_every or rank, rank)
     placement = _placement(operator.like)
-    state = _start.eval_shape(operator.like, keys, rank, placement)
+    state = _start.eval_shape(operator.like, keys, rank, _layout(operator.like), placement)
     if placement is not None:
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), state)
     step = loops.plan(_step, state, chunk, operator, donate=True)
@@ -259,19 +259,31 @@ def _placement(like: PyTree) -> NamedSharding | None:
 def _step(state: krylov.Krylov, index: jax.Array, operator: operators.Operator) -> krylov.Krylov:
     """One step of all examples: the operator takes them together, and all else is of each alone."""
     del index
-    images = operator(jax.tree.map(lambda v, like: v[:, 0].astype(like.dtype), state.following, operator.like))
-    return jax.vmap(krylov.absorb)(state, jax.tree.map(lambda image: image[:, None], images))
+    following = state.layout.apart(state.following, 2)
+    images = operator(jax.tree.map(lambda v, like: v[:, 0].astype(like.dtype), following, operator.like))
+    images = state.layout.together(jax.tree.map(lambda image: image[:, None], images), 2)
+    return jax.vmap(krylov.absorb)(state, images)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _start(like: PyTree, keys: jax.Array, rank: int, placement: NamedSharding | None) -> krylov.Krylov:
-    state = jax.vmap(lambda one, key: krylov.start_like(one, key, rank))(like, keys)
+def _layout(like: PyTree) -> layouts.Layout:
+    """Of an example's vectors, all of which lie on the same devices."""
+    return layouts.of(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), like))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _start(
+    like: PyTree, keys: jax.Array, rank: int, layout: layouts.Layout, placement: NamedSharding | None
+) -> krylov.Krylov:
+    state = jax.vmap(lambda one, key: krylov.start_like(one, key, rank, layout))(like, keys)
     if placement is None:
         return state
     return jax.lax.with_sharding_constraint(state, jax.tree.map(lambda _: placement, state))
 
 
-_combine = jax.jit(jax.vmap(bases.combine))
+@jax.jit
+def _combine(state: krylov.Krylov, coefficients: jax.Array) -> PyTree:
+    """Vectors `[batch, count, ...]`, like the operator's, of the coefficients `[batch, rows, count]`."""
+    return jax.vmap(lambda basis, part: krylov.combined(basis, part, state.layout))(state.basis, coefficients)
 
 
 def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree, values: jax.Array) -> jax.Array:

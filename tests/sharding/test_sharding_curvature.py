@@ -188,9 +188,13 @@ def test_under_fsdp_no_vector_is_gathered_beyond_a_layer_and_the_basis_lies_as_t
     rest = [each for each in step if each not in product]
     assert {each.kind for each in rest} == {"all-reduce"}
     assert collectives.total_bytes(rest) < 8 * 4 * (RANK + 4)
-    for rows, leaf in zip(jax.tree.leaves(extended.basis), jax.tree.leaves(operator.like), strict=True):
-        wanted = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, *leaf.sharding.spec))
-        assert rows.sharding.is_equivalent_to(wanted, rows.ndim)
+    leaves, layout = jax.tree.leaves(operator.like), extended.layout
+    assert sorted(sum(layout.groups, ())) == list(range(len(leaves)))
+    for rows, group in zip(extended.basis, layout.groups, strict=True):
+        for leaf in (leaves[index] for index in group):
+            wanted = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, None, *leaf.sharding.spec))
+            assert rows.shape[1:] == (len(group), *leaf.shape)
+            assert rows.sharding.is_equivalent_to(wanted, rows.ndim)
 
 
 def test_what_8_devices_saved_2_go_on_with(tmp_path):
