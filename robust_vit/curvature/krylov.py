@@ -161,7 +161,7 @@ def combine(krylov: Krylov, rows: np.ndarray, coefficients: Float[np.ndarray, "r
     """Vectors `[count, ...]`, like the operator's, of the coefficients in these rows of the basis."""
     padded = np.zeros((krylov.kept.shape[0], coefficients.shape[1]))
     padded[rows] = coefficients
-    return combined(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype), krylov.layout)
+    return krylov.layout.apart(bases.combine(krylov.basis, jnp.asarray(padded, krylov.alpha.dtype)), 1)
 
 
 def planned(
@@ -336,12 +336,6 @@ def start_like(like: PyTree, key: jax.Array, rank: int, layout: layouts.Layout, 
         key=fresh_key,
         layout=layout,
     )
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def combined(basis: PyTree, coefficients: Float[Array, "rows count"], layout: layouts.Layout) -> PyTree:
-    """Vectors `[count, ...]`, like the operator's, of a basis in this layout."""
-    return layout.apart(bases.combine(basis, coefficients), 1)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))

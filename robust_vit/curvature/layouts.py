@@ -38,13 +38,16 @@ class Layout:
         return tuple(jnp.stack([leaves[leaf] for leaf in group], axis) for group in self.groups)
 
     def apart(self, arrays: PyTree, axis: int = 0) -> PyTree:
-        """The pytree of the arrays that `together` made with this axis."""
+        """The pytree of the arrays that `together` made with this axis.
+
+        Outside of a program each shape is compiled once, whatever the member.
+        """
         if not self.groups:
             return arrays
         leaves: list[Any] = [None] * sum(map(len, self.groups))
         for array, group in zip(arrays, self.groups, strict=True):
             for member, leaf in enumerate(group):
-                leaves[leaf] = jax.lax.index_in_dim(array, member, axis, keepdims=False)
+                leaves[leaf] = jax.lax.dynamic_index_in_dim(array, member, axis, keepdims=False)
         return jax.tree.unflatten(self.structure, leaves)
 
     def shardings(self, placement: tuple[NamedSharding, ...]) -> tuple[NamedSharding, ...]:

@@ -131,7 +131,8 @@ def lanczos(
     residuals, noise = np.stack([one.residuals for one in chosen]), np.asarray([one.noise for one in chosen])
     eigenvectors = None
     if verify or vectors:
-        eigenvectors = _combine(state, jnp.asarray(coefficients, state.alpha.dtype))
+        eigenvectors = _combine(state.basis, jnp.asarray(coefficients, state.alpha.dtype))
+        eigenvectors = state.layout.apart(eigenvectors, 2)
         if verify:
             residuals = np.asarray(mesh.fetch(_residuals(operator, eigenvectors, values)), np.float64)
             applications += top
@@ -280,10 +281,7 @@ def _start(
     return jax.lax.with_sharding_constraint(state, jax.tree.map(lambda _: placement, state))
 
 
-@jax.jit
-def _combine(state: krylov.Krylov, coefficients: jax.Array) -> PyTree:
-    """Vectors `[batch, count, ...]`, like the operator's, of the coefficients `[batch, rows, count]`."""
-    return jax.vmap(lambda basis, part: krylov.combined(basis, part, state.layout))(state.basis, coefficients)
+_combine = jax.jit(jax.vmap(bases.combine))
 
 
 def _residual_step(total: jax.Array, index: jax.Array, operator, vectors: PyTree, values: jax.Array) -> jax.Array:
