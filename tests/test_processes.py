@@ -19,8 +19,9 @@ from robust_vit import errors, processes, progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIMIT = 240  # Seconds after which whatever still runs is killed; nothing here takes a quarter of it.
-# How XLA, and the exchange between CPUs, say that another process is gone.
-ALONE = ("another task died", "heartbeat timeout", "Connection closed by peer")
+# How XLA says that another process is gone, and how the exchange between CPUs does, in the words of whichever call met it.
+ALONE = ("another task died", "heartbeat timeout")
+ALONE += ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 CONFIG = '''
 """A ViT that trains for seconds."""
 
