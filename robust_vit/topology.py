@@ -111,6 +111,8 @@ def configure(name: str, *, alone: bool) -> None:
     os.environ.setdefault("TPU_WORKER_ID", "0")
     if alone:
         jax.config.update("jax_platforms", "cpu")
+        # What was compiled for chips that are not there cannot be read back: each attempt would only warn.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def devices(pod: Slice) -> list[jax.Device]:
