@@ -136,14 +136,10 @@ def percent(axis: matplotlib_axes.Axes, which: str = "y") -> None:
 
 def logarithmic(axis: matplotlib_axes.Axes, which: str = "y") -> None:
     """Makes an axis logarithmic, its numbers plain where they are short: 0.01, 2.5, 100."""
-    if which == "y":
-        axis.set_yscale("log")
-    else:
-        axis.set_xscale("log")
+    axis.set(**{f"{which}scale": "log"})
     target = axis.yaxis if which == "y" else axis.xaxis
     target.set_major_formatter(_Short())
-    # As matplotlib's own: fewer of the ticks between powers of ten are labelled, the more powers there are.
-    target.set_minor_formatter(_Short(minor_thresholds=(1, 0.4)))
+    target.set_minor_formatter(_Short())
 
 
 def confidence(axis: matplotlib_axes.Axes) -> None:
@@ -228,7 +224,7 @@ class _Short(ticker.LogFormatterSciNotation):
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         text = super().__call__(x, pos)
-        return f"{x:.6g}" if text and 1e-3 <= abs(x) < 1e4 else text
+        return f"{x:.6g}" if text and 1e-3 <= x < 1e4 else text
 
 
 def _adapt(svg: str) -> str:

@@ -93,8 +93,8 @@ def start(
         raise errors.UserError(
             f"the first vectors are {given}: expected {wanted}, {block} like the operator's vectors."
         )
-    first = layout.together(jax.tree.map(jnp.asarray, first), 1)
-    krylov = _begin(krylov, jax.tree.map(lambda v, old: v.astype(old.dtype), first, krylov.following))
+    first = layout.together(first, 1)
+    krylov = _begin(krylov, jax.tree.map(lambda v, old: jnp.asarray(v, old.dtype), first, krylov.following))
     if not (trees.all_finite(krylov.following) and jnp.all(jax.vmap(trees.norm)(krylov.following) > 0)):
         raise errors.UserError(
             "the first vectors are zero, not finite, or not linearly independent: give others, or none."

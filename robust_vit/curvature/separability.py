@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -40,16 +40,17 @@ def check_mean(loss: Callable, params: PyTree, batch: PyTree, context: tuple, *,
     Raises:
       UserError: it is none, or not finite.
     """
-    if microbatch is not None:
-        _check_size(loss, params, batch, context, microbatch)
-    passed, size = _record(loss, (params, batch, context), batch)
+    passed, size = _record((loss, microbatch), (params, batch, context), batch)
     if passed:
         return
     a, b = _halves(size, size)
-    batches = [_taken(batch, *pair) for pair in ((a, b), (b, a), (a, a), (b, b))]
+    one = np.zeros(size, int)
+    rows = [(a, b), (b, a), (a, a), (b, b)] + ([] if microbatch is None else [(one,), (one[:microbatch],)])
+    batches = [_taken(batch, *chosen) for chosen in rows]
     found = np.asarray([_value(loss, params, one, context) for one in batches], np.float64)
     if not np.isfinite(found).all():
         raise errors.UserError("the loss is not finite on this batch: its second derivative would be none either.")
+    found, repeated = found[:4], found[4:]
     bound = _ROUNDING * np.abs(found).sum()
     if abs(found[0] - found[1]) > bound:
         raise errors.UserError(
@@ -61,20 +62,10 @@ def check_mean(loss: Callable, params: PyTree, batch: PyTree, context: tuple, *,
             f"the loss is no mean over examples: {found[:2].sum() / 2:.6g} over two halves together, {found[2:].sum() / 2:.6g} "
             "over each with itself. " + _WAY_OUT
         )
-    passed.append(True)
-
-
-def _check_size(loss: Callable, params: PyTree, batch: PyTree, context: tuple, microbatch: int) -> None:
-    """Refuses a loss that is not the same over many and over few examples that are all the same."""
-    passed, size = _record(loss, (params, batch, context, np.empty(microbatch)), batch)
-    if passed:
-        return
-    one = np.zeros(size, int)
-    many, few = (float(_value(loss, params, _taken(batch, one[:count]), context)) for count in (size, microbatch))
-    if abs(many - few) > _ROUNDING * (abs(many) + abs(few)):
+    if microbatch is not None and abs(repeated[0] - repeated[1]) > _ROUNDING * np.abs(repeated).sum():
         raise errors.UserError(
-            f"the loss is no mean over examples: {many:.6g} over {size} times the first one, {few:.6g} over {microbatch} times. "
-            "Divide a sum by the number of examples; or, if it is meant so, separable=False."
+            f"the loss is no mean over examples: {repeated[0]:.6g} over {size} times the first one, {repeated[1]:.6g} over "
+            f"{microbatch} times. Divide a sum by the number of examples; or, if it is meant so, separable=False."
         )
     passed.append(True)
 
@@ -131,7 +122,7 @@ class _OfInputs:
         return self.loss(inputs, *context)
 
 
-def _record(function: Callable, operands: tuple, examples: PyTree) -> tuple[list[bool], int]:
+def _record(function: Hashable, operands: tuple, examples: PyTree) -> tuple[list[bool], int]:
     """What `_passed` has of a function at these shapes, and how many examples there are; true where nothing can be tried."""
     leaves, structure = jax.tree.flatten(operands)
     size = np.shape(jax.tree.leaves(examples)[0])[0]
@@ -141,7 +132,7 @@ def _record(function: Callable, operands: tuple, examples: PyTree) -> tuple[list
 
 
 @functools.lru_cache(maxsize=256)
-def _passed(function: Callable, structure: Any, shapes: tuple) -> list[bool]:
+def _passed(function: Hashable, structure: Any, shapes: tuple) -> list[bool]:
     """Empty until a function has been tried at these shapes and passed."""
     return []
 
