@@ -242,7 +242,9 @@ def test_a_sum_over_examples_is_refused_where_microbatches_would_be_averaged():
     for microbatch in (None, len(batch["t"])):
         total = _matrix(curvature.hessian(_summed, params, batch, microbatch=microbatch))
         np.testing.assert_allclose(total, len(batch["t"]) * mean, rtol=1e-4, atol=1e-5)
-    with pytest.raises(errors.UserError, match="not finite"):  # And what was tried on numbers like these has not passed.
+    with pytest.raises(
+        errors.UserError, match="not finite"
+    ):  # And what was tried on numbers like these has not passed.
         curvature.hessian(_summed, jax.tree.map(lambda leaf: leaf * np.nan, params), batch, microbatch=3)
     with pytest.raises(
         errors.UserError, match="no mean over examples.*over 7 times.*over 3 times.*Divide.*separable=False"
