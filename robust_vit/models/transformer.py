@@ -72,23 +72,36 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], gates: jax.Array | None, key: jax.Array | None
+        self,
+        x: Float[Array, "batch tokens width"],
+        gates: jax.Array | None,
+        key: jax.Array | None,
+        read: int | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The block's output and its features; `gates` is `[batch or 1, 2]`, `key` decides the dropout or is None."""
+        """The block's output and its features.
+
+        Args:
+          x: the tokens.
+          gates: `[batch or 1, 2]`, or None.
+          key: decides the dropout, or None.
+          read: how many of the first tokens anybody reads; only theirs are then computed, and without dropout. None is all.
+        """
+        if read is not None and key is not None:
+            raise ValueError("dropout draws for all tokens: read=None.")
         keys = (None, None) if key is None else jax.random.split(key)
         attention_gate, mlp_gate = (None, None) if gates is None else (gates[:, 0], gates[:, 1])
         normed = layers.LayerNorm(self.dtype, name="attention_norm")(x)
-        branch, weights = self._attention(normed)
+        branch, weights = self._attention(normed, read)
         branch = gating.apply(self._scaled(dropped(branch, self.dropout, keys[0]), "attention_scale"), attention_gate)
         features = {"attention": branch, "attention_weights": weights}
-        x = x + branch
+        x = x[:, :read] + branch
         normed = layers.LayerNorm(self.dtype, name="mlp_norm")(x)
         branch = Mlp(self.mlp_width, self.approximate_gelu, self.dtype, name="mlp")(normed)
         branch = gating.apply(self._scaled(dropped(branch, self.dropout, keys[1]), "mlp_scale"), mlp_gate)
         x = x + branch
         return x, {**features, "mlp": branch, "out": x}
 
-    def _attention(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _attention(self, x: jax.Array, read: int | None) -> tuple[jax.Array, jax.Array]:
         width = x.shape[-1]
         qkv = layers.Dense(
             3 * width,
@@ -103,14 +116,17 @@ class Block(nn.Module):
             allowed = jnp.asarray(
                 attention.neighbourhood(self.grid, window=self.neighbourhood, class_token=self.class_token)
             )
-        parts = _split_heads(qkv, 3, self.heads)
-        if self.attention == "fused":
-            mixed, weights = attention.fused(*parts, bias=bias, allowed=allowed)
+        query, key, value = _split_heads(qkv, 3, self.heads)
+        if read is not None:
+            query = query[:, :read]
+            bias, allowed = (None if each is None else each[..., :read, :] for each in (bias, allowed))
+        if self.attention == "fused" and read is None:
+            mixed, weights = attention.fused(query, key, value, bias=bias, allowed=allowed)
         else:
-            mixed, weights = attention.attend(*_heads_first(*parts), bias=bias, allowed=allowed)
+            mixed, weights = attention.attend(*_heads_first(query, key, value), bias=bias, allowed=allowed)
             mixed = mixed.swapaxes(1, 2)
         project = layers.Dense(width, kernel_init=initializers.glorot, dtype=self.dtype, name="project")
-        return project(mixed.reshape(x.shape)), weights
+        return project(mixed.reshape(*mixed.shape[:2], width)), weights
 
     def _relative_bias(self) -> jax.Array:
         index, length = positions.relative_offsets(self.grid, class_token=self.class_token)

@@ -109,11 +109,11 @@ class ViT(nn.Module):
         x, grid = self._embed(images)
         x = transformer.dropped(x, self.dropout, None if keys is None else keys[-1])
         features = {"stem": x}
-        x = self._blocks(x, grid, gates, keys, features)
-        x = layers.LayerNorm(self.dtype, name="norm")(x)
-        features["tokens"] = x
+        x, read = self._blocks(x, grid, gates, keys, features)
+        norm = layers.LayerNorm(self.dtype, name="norm")
+        features["tokens"] = x = norm(x)
         if self.head == "class":
-            x = x[:, 0]
+            x = (x if read is None else norm(read))[:, 0]
         elif self.head == "gap":
             x = jnp.mean(x, axis=1)
         else:
@@ -159,9 +159,17 @@ class ViT(nn.Module):
 
     def _blocks(
         self, x: jax.Array, grid: tuple[int, int], gates: jax.Array | None, keys: jax.Array | None, features: dict
-    ) -> jax.Array:
-        """All blocks in a loop, or scanned over parameters stacked along a leading axis; fills `features`."""
-        block = nn.remat(transformer.Block, prevent_cse=not self.scan) if self.remat else transformer.Block
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """All blocks in a loop, or scanned over parameters stacked along a leading axis; fills `features`.
+
+        Returns:
+          The tokens, and apart from them, where a class token alone is read in the end, what the last block makes of it: nobody
+          pays for the other tokens of that block who reads none of its features, as XLA removes them.
+        """
+        block = transformer.Block
+        if self.remat:
+            static = () if self.scan else (4,)  # `read`, counted from the block itself.
+            block = nn.remat(block, prevent_cse=not self.scan, static_argnums=static)
         settings = {
             "heads": self.heads,
             "mlp_width": self.mlp_width,
@@ -177,18 +185,22 @@ class ViT(nn.Module):
             "dtype": self.dtype,
         }
         if not self.scan:
+            read = None
             for index in range(self.depth):
                 of_block = None if gates is None else gates[:, 2 * index : 2 * index + 2]
                 key = None if keys is None else keys[index]
-                x, found = block(**settings, name=_block(index))(x, of_block, key)
+                each = block(**settings, name=_block(index))
+                if self.head == "class" and index == self.depth - 1 and key is None:
+                    read, _ = each(x, of_block, None, 1)
+                x, found = each(x, of_block, key, None)
                 features.update({f"{_block(index)}/{part}": value for part, value in found.items()})
-            return x
+            return x, read
         stacked = None if gates is None else gates.reshape(gates.shape[0], self.depth, 2).transpose(1, 0, 2)
         scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
         x, found = scanned(**settings, name="blocks")(x, stacked, None if keys is None else keys[:-1])
         for index in range(self.depth):
             features.update({f"{_block(index)}/{part}": value[index] for part, value in found.items()})
-        return x
+        return x, None
 
 
 def _block(index: int) -> str:

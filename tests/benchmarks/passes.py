@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 PyTree = Any
 PASSES = ("forward", "input_gradient", "parameter_gradient", "hvp")
@@ -95,8 +96,9 @@ class Product:
 
 
 def products(function: Callable, *arguments: PyTree) -> Counter:
-    """The products that a function's program holds, each with how often it runs (loops counted by their length)."""
-    return Counter(dict(_count(jax.make_jaxpr(function)(*arguments).jaxpr)))
+    """The products that a function's result needs, each with how often it runs (loops counted by their length)."""
+    needed, _ = partial_eval.dce_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, True)
+    return Counter(dict(_count(needed)))
 
 
 def _count(jaxpr) -> Counter:

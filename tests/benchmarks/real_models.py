@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_vit import classifier, data, models
+from robust_vit.models import attention
 
-HEADS = 8
+HEADS, LAYERS = 8, 6
 
 
 @flax.struct.dataclass
@@ -75,13 +76,15 @@ def _class_token(weights, pixels):
     width = tokens.shape[-1]
     tokens = jnp.concatenate([jnp.broadcast_to(weights["cls_token"], (count, 1, width)), tokens], axis=1)
     tokens = tokens + weights["pos_embed"]
-    for layer in range(6):
+    for layer in range(LAYERS):
         name = f"transformer.layers.{layer}."
-        mixed = _attention(tokens, weights, name + "self_attn.")
-        tokens = _layer_norm(tokens + mixed, weights, name + "norm1.")
+        # What the last layer makes of the patches, no logit reads.
+        asking = tokens[:, :1] if layer == LAYERS - 1 else tokens
+        mixed = _attention(asking, tokens, weights, name + "self_attn.")
+        tokens = _layer_norm(asking + mixed, weights, name + "norm1.")
         hidden = jax.nn.relu(_dense(tokens, weights, name + "linear1."))
         tokens = _layer_norm(tokens + _dense(hidden, weights, name + "linear2."), weights, name + "norm2.")
-    return _layer_norm(tokens[:, :1], weights, "mlp_head.0.")[:, 0]
+    return _layer_norm(tokens, weights, "mlp_head.0.")[:, 0]
 
 
 def _dense(tokens, weights, name):
@@ -94,12 +97,14 @@ def _layer_norm(tokens, weights, name):
     return scaled * weights[name + "weight"][None, None] + weights[name + "bias"][None, None]
 
 
-def _attention(tokens, weights, name):
-    count, length, width = tokens.shape
-    joined = tokens @ weights[name + "in_proj_weight"] + weights[name + "in_proj_bias"][None, None]
-    query, key, value = (
-        part.reshape(count, length, HEADS, -1).transpose(0, 2, 1, 3) for part in jnp.split(joined, 3, axis=-1)
-    )
-    scores = jax.nn.softmax(query @ key.swapaxes(-1, -2) / jnp.sqrt(width / HEADS), axis=-1)
-    mixed = (scores @ value).transpose(0, 2, 1, 3).reshape(count, length, width)
-    return _dense(mixed, weights, name + "out_proj.")
+def _attention(asking, tokens, weights, name):
+    width = tokens.shape[-1]
+    kernel, bias = weights[name + "in_proj_weight"], weights[name + "in_proj_bias"]
+    if asking is tokens:
+        query, key, value = jnp.split(tokens @ kernel + bias[None, None], 3, axis=-1)
+    else:
+        query = asking @ kernel[:, :width] + bias[None, None, :width]
+        key, value = jnp.split(tokens @ kernel[:, width:] + bias[None, None, width:], 2, axis=-1)
+    parts = (part.reshape(*part.shape[:2], HEADS, -1).swapaxes(1, 2) for part in (query, key, value))
+    mixed, _ = attention.attend(*parts)
+    return _dense(mixed.swapaxes(1, 2).reshape(asking.shape), weights, name + "out_proj.")

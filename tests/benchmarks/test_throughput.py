@@ -31,8 +31,10 @@ def test_operations_of_a_vit_are_the_closed_form(benchmark):
     batch_of = (jnp.zeros((batch, 8, 8, 3)), jnp.zeros(batch, jnp.int32))
     variables = jax.eval_shape(module.init, jax.random.key(0), batch_of[0])
     vector = variables["params"]
-    weights = depth * tokens * (4 * width**2 + 2 * width * hidden)
-    attention = depth * 2 * tokens**2 * width
+    # Of the last block, all tokens' queries, keys and values, and what the class token makes of them.
+    weights = (depth - 1) * tokens * (4 * width**2 + 2 * width * hidden)
+    weights += tokens * 3 * width**2 + width**2 + 2 * width * hidden
+    attention = (depth - 1) * 2 * tokens**2 * width + 2 * tokens * width
     embedding, head = (tokens - 1) * 48 * width, width * classes
     forward = 2 * batch * (weights + attention + embedding + head)
     count = {name: passes.flops(passes.Pass(module, name), batch_of, variables, vector) for name in passes.PASSES}
@@ -40,8 +42,8 @@ def test_operations_of_a_vit_are_the_closed_form(benchmark):
     # Every product has two derivatives; the images' is not needed for the parameters.
     assert count["parameter_gradient"] == 3 * forward - 2 * batch * embedding
     assert count["input_gradient"] == 2 * forward + 2 * batch * attention
-    # A product's tangent is two products; without the tangent of the images.
-    assert 2.9 * count["parameter_gradient"] < count["hvp"] <= 3 * count["parameter_gradient"]
+    # A product's tangent is two products; the weights' gradient itself is not needed, nor a tangent of the images.
+    assert 2.5 * count["parameter_gradient"] < count["hvp"] <= 8 / 3 * count["parameter_gradient"]
 
 
 def test_loops_count_by_their_length_and_inserted_zeros_do_not(benchmark):
@@ -59,7 +61,7 @@ def test_loops_count_by_their_length_and_inserted_zeros_do_not(benchmark):
     forward = passes.flops(convolution, images)
     assert forward == 2 * (2 * 4 * 4 * 5) * 27
     backward = passes.flops(lambda x: jax.vjp(convolution, x)[1](jnp.ones((2, 4, 4, 5)))[0], images)
-    assert backward == forward * 2
+    assert backward == forward  # The convolution itself is not needed: it is linear.
 
 
 def test_floor_runs_every_product(benchmark):

@@ -130,6 +130,47 @@ def test_scan_and_loop_draw_the_same(random_variables):
     assert jnp.abs(logits - _run(loop, variables, _images())[0]).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"depth": 2},
+        {"position": "relative", "neighbourhood": 3, "layer_scale": 0.5},
+        {"attention": "fused", "remat": True},
+    ],
+)
+def test_the_class_token_alone_is_the_class_token_among_all(given, random_variables):
+    module = _build(**given)
+    variables = random_variables(module, SHAPE)
+    head = variables["params"]["head"]
+    gates = jnp.linspace(0.5, 1.5, 2 * module.depth)[None, :]
+
+    def alone(pixels):
+        return module.apply(variables, pixels, gates=gates)[0]
+
+    def among_all(pixels):
+        tokens = module.apply(variables, pixels, gates=gates)[1]["tokens"]
+        return tokens[:, 0] @ head["kernel"] + head["bias"][None]
+
+    found = []
+    for read in (alone, among_all):
+        logits, pull = jax.vjp(jax.jit(read), _images())
+        found.append((logits, pull(jnp.cos(logits))[0]))
+    # Measured: 4e-7.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *found)
+
+
+def test_what_no_logit_reads_is_not_computed(random_variables):
+    module = _build(width=32, depth=1)
+    variables = random_variables(module, SHAPE)
+
+    def count(read):
+        run = jax.jit(lambda pixels: read(*module.apply(variables, pixels)))
+        return run.lower(_images()).compile().cost_analysis()["flops"]
+
+    # Query, key and value are a quarter of a block's products. Measured: 0.28, with embedding and head.
+    assert count(lambda logits, _: logits) < 0.4 * count(lambda _, features: features["tokens"])
+
+
 def test_remat_of_the_loop_changes_no_gradient(random_variables):
     plain, remat = _build(), _build(remat=True)
     variables = random_variables(plain, SHAPE)
