@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -234,6 +234,37 @@ def sharing(examples: PyTree) -> NamedSharding | None:
         if isinstance(placed, NamedSharding) and placed.spec and placed.spec[0] is not None and _shares(placed) > 1:
             return NamedSharding(placed.mesh, PartitionSpec(placed.spec[0]))
     return None
+
+
+def is_whole(tree: PyTree) -> bool:
+    """Whether every device holds all of a tree's arrays, or shapes; those that are placed nowhere count as such."""
+    placed = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return all(sharding is None or sharding.is_fully_replicated for sharding in placed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A step of a loop over independent examples that each device takes with its own rows, so that none waits for another.
+
+    Left to the compiler, a condition such as "if any example starts anew" asks all devices in every step. On a CPU that can end
+    in a deadlock too: XLA waits for the answer on a thread that the other device needs for its convolutions.
+
+    Attributes:
+      step: as in `loops.repeat`: `step(state, index, *operands) -> state`, leaves of the state `[examples, ...]`.
+      placed: how the devices share the examples (`sharing`).
+    """
+
+    step: Callable
+    placed: NamedSharding
+
+    def __call__(self, state: PyTree, index: jax.Array, *operands: PyTree) -> PyTree:
+        """The state after the step; index and operands are whole on every device."""
+        rows, whole = self.placed.spec, PartitionSpec()
+        specs = (rows, whole, *(whole for _ in operands))
+        # A loop inside of the step starts from what is the same everywhere: to check that it stays so would refuse it.
+        return jax.shard_map(self.step, mesh=self.placed.mesh, in_specs=specs, out_specs=rows, check_vma=False)(
+            state, index, *operands
+        )
 
 
 def parts(examples: PyTree, size: int, placed: NamedSharding | None) -> tuple[PyTree, PyTree | None]:

@@ -152,7 +152,7 @@ def programs(
     rounds = -(-examples // images.shape[0])
     stride = _stride(attack, stride)
     begin, state = skeleton.begin_program(attack, images)
-    step = loops.plan(skeleton.advance, state, stride, attack, model, donate=True)
+    step = loops.plan(skeleton.stepping(images, model), state, stride, attack, model, donate=True)
     times = step.times * rounds * -(-attack.evaluations // stride)
     judge = compiled.Program("judge", skeleton.finish, (attack, model, compiled.beside(state, model)), times=rounds)
     return [dataclasses.replace(begin, times=2 * rounds), dataclasses.replace(step, times=times), judge]
@@ -173,6 +173,7 @@ class _Pool:
         self.occupants: list[Example | None] = [None] * slots
         self.finished: list[tuple[Example, dict[str, np.ndarray]]] = []
         self.state: skeleton.State | None = None
+        self.step = skeleton.advance
         self.executed = 0
 
     def is_idle(self) -> bool:
@@ -187,12 +188,13 @@ class _Pool:
         if fresh.any():
             incoming = self._init(self.occupants)
             if self.state is None:
-                self.state = incoming.replace(done=jnp.asarray(~fresh))
+                self.state = incoming.replace(done=meshes.put_global(self.mesh, ~fresh))
+                self.step = skeleton.stepping(self.state.images, self.model)
             else:
                 self.state = _fill(self.state, incoming, fresh)
 
     def advance(self) -> None:
-        self.state = loops.repeat(skeleton.advance, self.state, self.stride, self.attack, self.model, donate=True)
+        self.state = loops.repeat(self.step, self.state, self.stride, self.attack, self.model, donate=True)
         self.executed += self.slots * self.stride
         done = meshes.fetch(self.state.done)
         ended = [slot for slot in range(self.slots) if done[slot] and self.occupants[slot] is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from robust_vit import classifier, loops, losses
+from robust_vit import mesh as meshes
 from robust_vit import programs as compiled
 from robust_vit.attacks import evaluation, inputs, norms
 
@@ -217,7 +219,7 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
 def carry_out(attack: Attack, model: Model, keys: jax.Array, images: jax.Array, labels: jax.Array) -> AttackResult:
     """`attack(model, keys, images, labels)` without a look at what it is given."""
     state = start(attack, keys, images, labels)
-    state = loops.repeat(advance, state, attack.evaluations, attack, model)
+    state = loops.repeat(stepping(images, model), state, attack.evaluations, attack, model)
     return finish(attack, model, state)
 
 
@@ -284,6 +286,20 @@ def advance(state: State, index: jax.Array, attack: Attack, model: Model) -> Sta
     return state.replace(**moving)
 
 
+def stepping(images: Float[Array, "batch height width channels"], model: Model, step: Callable = advance) -> Callable:
+    """The step of a loop over an attack as the devices take it that share these images, which may be shapes.
+
+    Each takes it with its own images alone, where it holds all of the model; see `mesh.Apart`.
+
+    Args:
+      images: where they lie says which devices share them.
+      model: canonical pixels to logits; its arrays may be shapes.
+      step: in the form of `advance`, of a state whose leaves are all `[batch, ...]`.
+    """
+    placed = meshes.sharing(images)
+    return step if placed is None or not meshes.is_whole(model) else meshes.Apart(step, placed)
+
+
 def programs(attack: Attack, model: Model, images: jax.ShapeDtypeStruct) -> list[compiled.Program]:
     """The compiled programs of `attack(model, keys, images, labels)` with how often each runs, for planning.
 
@@ -293,7 +309,7 @@ def programs(attack: Attack, model: Model, images: jax.ShapeDtypeStruct) -> list
       images: the shape of the batch.
     """
     begin, state = begin_program(attack, images)
-    step = loops.plan(advance, state, attack.evaluations, attack, model)
+    step = loops.plan(stepping(images, model), state, attack.evaluations, attack, model)
     judged = compiled.beside(state, model)
     return [begin, step, compiled.Program("judge", finish, (attack, model, judged))]
 
@@ -303,8 +319,9 @@ def begin_program(attack: Attack, images: jax.ShapeDtypeStruct) -> tuple[compile
     keys, labels = jax.eval_shape(
         lambda x: (jax.random.split(jax.random.key(0), len(x)), jnp.zeros(len(x), jnp.int32)), images
     )
-    begin = compiled.Program("start", start, (attack, keys, images, labels))
-    return begin, jax.eval_shape(start, attack, keys, images, labels)
+    arguments = (attack, keys, images, labels)
+    begin = compiled.Program("start", _start, arguments, static=(meshes.sharing(images),))
+    return begin, jax.eval_shape(start, *arguments)
 
 
 def blank(keys: jax.Array, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
@@ -333,10 +350,15 @@ def select(chosen: Bool[Array, " batch"], first: PyTree, second: PyTree) -> PyTr
     return jax.tree.map(one, first, second)
 
 
-@jax.jit
 def start(attack: Attack, keys: jax.Array, images: jax.Array, labels: jax.Array) -> State:
-    """`attack.init`, compiled."""
-    return attack.init(keys, images, labels)
+    """`attack.init`, compiled; of images that devices share, all of the state lies where they do."""
+    return _start(meshes.sharing(images), attack, keys, images, labels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start(placed, attack, keys, images, labels):
+    state = attack.init(keys, images, labels)
+    return state if placed is None else jax.lax.with_sharding_constraint(state, placed)
 
 
 @jax.jit

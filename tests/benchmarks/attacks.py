@@ -6,6 +6,8 @@
     python tests/benchmarks/attacks.py steps                             a step of each attack beside one compiled input gradient
     python tests/benchmarks/attacks.py batches                           forward pass and input gradient over batch sizes
 
+With `JAX_NUM_CPU_DEVICES=2` before a command, our side shares each batch between two devices; torch takes both cores as ever.
+
 Weights and images are those of the data folder (`ROBUST_VIT_DATA` or `--data`): ResNet-20 and a ViT on exact CIFAR-10. The peer's
 Python needs torch, torchattacks, foolbox and `transformers`. Results: tests/benchmarks/results/attacks.md.
 """
@@ -27,6 +29,7 @@ import real_models
 import torch_process
 
 from robust_vit import attacks, command_line, losses
+from robust_vit import mesh as meshes
 from robust_vit.attacks import skeleton
 
 STEPS = 40
@@ -49,7 +52,7 @@ STEPPED = {
     "fmn": {"norm": "linf"},
 }
 ALONE = {"steps", "batches"}
-BATCHES = (4, 8, 13, 16, 32, 64, 128)
+BATCHES = (4, 8, 16, 32, 64, 128)
 
 
 def _attack(epsilon: float, *, early: bool, start: bool = True) -> attacks.Attack:
@@ -62,29 +65,36 @@ class Ours:
     """A model with the images, and our attacks on them."""
 
     def __init__(self, model: str, folder: str, examples: dict[str, np.ndarray]):
+        self.mesh = meshes.make() if jax.device_count() > 1 else None
         self.model = MODELS[model][0](folder)
+        if self.mesh is not None:
+            self.model = jax.device_put(self.model, meshes.replicated(self.mesh))
         self.examples = examples
+
+    def part(self, size: int, begin: int = 0) -> dict[str, jax.Array]:
+        """As many examples on the devices; the first ones again after the last."""
+        rows = np.arange(begin, begin + size) % len(self.examples["label"])
+        return meshes.put_global(self.mesh, {name: array[rows] for name, array in self.examples.items()})
 
     def all_steps(self, epsilon: float, size: int) -> np.ndarray:
         """PGD-40, slice by slice, no image left early; which are still right."""
         attack = _attack(epsilon, early=False)
-        standing = []
-        for begin in range(0, len(self.examples["label"]), size):
-            part = {name: array[begin : begin + size] for name, array in self.examples.items()}
-            short = size - len(part["label"])
-            part = {name: np.concatenate([array, array[:1].repeat(short, 0)]) for name, array in part.items()}
+        standing, count = [], len(self.examples["label"])
+        for begin in range(0, count, size):
+            part = self.part(size, begin)
             keys = attacks.example_keys(0, part["row"])
             found = attack(self.model, keys, part["image"], part["label"])
-            standing.append(~np.asarray(found.success)[: size - short])
-        return np.concatenate(standing)
+            standing.append(~np.asarray(found.success))
+        return np.concatenate(standing)[:count]
 
     def early(self, epsilon: float, slots: int) -> np.ndarray:
         """PGD-40 with refilled slots; which are still right."""
-        return ~attacks.run(_attack(epsilon, early=True), self.model, self.examples, slots=slots).success
+        attack = _attack(epsilon, early=True)
+        return ~attacks.run(attack, self.model, self.examples, slots=slots, mesh=self.mesh).success
 
     def auto_attack(self, epsilon: float, slots: int) -> attacks.SuiteResult:
         """AutoAttack standard."""
-        return attacks.auto_attack(self.model, self.examples, epsilon=epsilon, slots=slots)
+        return attacks.auto_attack(self.model, self.examples, epsilon=epsilon, slots=slots, mesh=self.mesh)
 
 
 def _timed(function, *arguments):
@@ -169,8 +179,8 @@ def _least(calls: Mapping[str, Callable], repeats: int) -> dict[str, float]:
 
 def steps(model: str, ours: Ours) -> None:
     """One line an attack: its step beside the forward pass and the compiled input gradient of the same batch."""
-    part = {name: array[: SLICES[model][0]] for name, array in ours.examples.items()}
-    images, labels = (jax.numpy.asarray(part[name]) for name in ("image", "label"))
+    part = ours.part(SLICES[model][0])
+    images, labels = part["image"], part["label"]
     calls = {
         "forward pass": lambda: _forward(ours.model, images),
         "input gradient": lambda: _gradient(ours.model, images, labels),
@@ -190,7 +200,7 @@ def batches(model: str, ours: Ours) -> None:
     """One line a batch size: milliseconds an image of a forward pass and of an input gradient."""
     calls = {}
     for size in BATCHES:
-        images, labels = (jax.numpy.asarray(ours.examples[name][:size]) for name in ("image", "label"))
+        images, labels = (ours.part(size)[name] for name in ("image", "label"))
         calls["forward", size] = lambda images=images: _forward(ours.model, images)
         calls["gradient", size] = lambda images=images, labels=labels: _gradient(ours.model, images, labels)
     best = _least(calls, 15)

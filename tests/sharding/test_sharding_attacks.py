@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from robust_vit import attacks, classifier, mesh
+from robust_vit import attacks, classifier, loops, mesh
+from robust_vit.attacks import skeleton
 
 COUNT, CLASSES, SHAPE = 21, 4, (4, 4, 2)
 
@@ -46,3 +48,57 @@ def test_a_suite_on_8_devices_decides_as_on_one():
     plain = attacks.run(members["pgd"], _model(), examples, **options, refill=False)
     np.testing.assert_array_equal(refilled.images, plain.images)
     np.testing.assert_array_equal(refilled.success, plain.success)
+
+
+STEPS = {
+    "pgd": {"epsilon": 0.02, "norm": "l1", "restarts": 2},
+    "apgd_t": {"epsilon": 0.02, "targets": 2},
+    "fab_t": {"norm": "l1", "targets": 2},
+    "square": {"epsilon": 0.02},
+    "hop_skip_jump": {"norm": "l2"},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_in_no_step_does_a_device_wait_for_another(name):
+    attack, devices = attacks.build(name, **STEPS[name]), mesh.make()
+    model = jax.device_put(_model(), mesh.replicated(devices))
+    images, labels, rows = mesh.put_global(
+        devices, (np.full((16, *SHAPE), 0.5, np.float32), np.zeros(16, np.int32), np.arange(16))
+    )
+    state = skeleton.start(attack, attacks.example_keys(0, rows), images, labels)
+
+    def collectives(step):
+        program = loops.plan(step, state, 3, attack, model)
+        text = program.function.trace(*program.static, *program.arguments).lower().compile().as_text()
+        return sum(text.count(f" {kind}(") for kind in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+
+    assert collectives(skeleton.advance) > 0  # What the compiler makes of it by itself.
+    assert collectives(skeleton.stepping(images, model)) == 0
+
+
+def test_a_model_that_devices_share_is_attacked_by_all_together():
+    devices = mesh.make(sharding="fsdp")
+    split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, mesh.AXES))
+    shared = classifier.wrap(_bent, {**_model().variables, "u": jax.device_put(_model().variables["u"], split)})
+    images, labels, rows = mesh.put_global(
+        devices, (np.full((8, *SHAPE), 0.5, np.float32), np.zeros(8, np.int32), np.arange(8))
+    )
+    assert skeleton.stepping(images, shared) is skeleton.advance
+    attack, keys = attacks.build("pgd", epsilon=0.02, steps=3), attacks.example_keys(0, rows)
+    found = attack(shared, keys, images, labels)
+    whole = attack(jax.device_put(_model(), mesh.replicated(devices)), keys, images, labels)
+    np.testing.assert_array_equal(found.success, whole.success)
+    np.testing.assert_allclose(found.images, whole.images, rtol=0, atol=1e-6)
+
+
+def test_an_attack_compiles_its_step_once(caplog):
+    attack = attacks.build("pgd", epsilon=0.02, steps=5, restarts=3)
+    images = np.random.default_rng(1).uniform(size=(COUNT, *SHAPE)).astype(np.float32)
+    examples = {"image": images, "label": np.zeros(COUNT, np.int32)}
+    with jax.log_compiles():
+        attacks.run(attack, _model(), examples, slots=8, mesh=mesh.make())
+    compiled = [
+        record.getMessage() for record in caplog.records if "Compiling jit(_scan_in_place)" in record.getMessage()
+    ]
+    assert len(compiled) == 1
