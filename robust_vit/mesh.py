@@ -244,27 +244,31 @@ def is_whole(tree: PyTree) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Apart:
-    """A step of a loop over independent examples that each device takes with its own rows, so that none waits for another.
+    """A function of independent examples that each device computes for its own rows, so that none waits for another.
 
-    Left to the compiler, a condition such as "if any example starts anew" asks all devices in every step. On a CPU that can end
-    in a deadlock too: XLA waits for the answer on a thread that the other device needs for its convolutions.
+    Left to the compiler, a condition such as "if any example starts anew" asks all devices in every step of a loop. On a CPU that
+    can end in a deadlock too: XLA waits for the answer on a thread that the other device needs for its convolutions.
 
     Attributes:
-      step: as in `loops.repeat`: `step(state, index, *operands) -> state`, leaves of the state `[examples, ...]`.
+      function: `function(rows, *operands) -> rows`, of leaves `[examples, ...]`; a step of `loops.repeat`, for example.
       placed: how the devices share the examples (`sharing`).
     """
 
-    step: Callable
+    function: Callable
     placed: NamedSharding
 
-    def __call__(self, state: PyTree, index: jax.Array, *operands: PyTree) -> PyTree:
-        """The state after the step; index and operands are whole on every device."""
-        rows, whole = self.placed.spec, PartitionSpec()
-        specs = (rows, whole, *(whole for _ in operands))
-        # A loop inside of the step starts from what is the same everywhere: to check that it stays so would refuse it.
-        return jax.shard_map(self.step, mesh=self.placed.mesh, in_specs=specs, out_specs=rows, check_vma=False)(
-            state, index, *operands
+    def __call__(self, rows: PyTree, *operands: PyTree) -> PyTree:
+        """What the function makes of the rows; operands are whole on every device."""
+        split, whole = self.placed.spec, PartitionSpec()
+        # A loop inside of the function starts from what is the same everywhere: to check that it stays so would refuse it.
+        compute = jax.shard_map(
+            self.function,
+            mesh=self.placed.mesh,
+            in_specs=(split, *(whole for _ in operands)),
+            out_specs=split,
+            check_vma=False,
         )
+        return compute(rows, *operands)
 
 
 def parts(examples: PyTree, size: int, placed: NamedSharding | None) -> tuple[PyTree, PyTree | None]:

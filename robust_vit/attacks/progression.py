@@ -54,7 +54,7 @@ def follow(
       labels: true labels, or for a targeted attack the classes to reach.
     """
     followed = _begin(attack, keys, images, labels)
-    step = skeleton.stepping(images, model, _advance)
+    step = skeleton.by_device(_advance, images, model)
     followed = loops.repeat(step, followed, attack.evaluations, attack, model)
     followed = _look(followed, jnp.int32(attack.evaluations), attack, model)
     return Progression(followed.losses, followed.achieved, followed.state.vanished)
@@ -90,6 +90,6 @@ def programs(attack: skeleton.Attack, model: evaluation.Model, images: jax.Shape
     )
     start = compiled.Program("start", _begin, (attack, keys, images, labels))
     followed = jax.eval_shape(_begin, attack, keys, images, labels)
-    step = loops.plan(skeleton.stepping(images, model, _advance), followed, attack.evaluations, attack, model)
+    step = loops.plan(skeleton.by_device(_advance, images, model), followed, attack.evaluations, attack, model)
     index = jax.ShapeDtypeStruct((), jnp.int32)
     return [start, step, compiled.Program("last", _look, (compiled.beside(followed, model), index, attack, model))]

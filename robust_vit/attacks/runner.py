@@ -152,10 +152,11 @@ def programs(
     rounds = -(-examples // images.shape[0])
     stride = _stride(attack, stride)
     begin, state = skeleton.begin_program(attack, images)
-    step = loops.plan(skeleton.stepping(images, model), state, stride, attack, model, donate=True)
+    step = loops.plan(skeleton.by_device(skeleton.advance, images, model), state, stride, attack, model, donate=True)
     times = step.times * rounds * -(-attack.evaluations // stride)
-    judge = compiled.Program("judge", skeleton.finish, (attack, model, compiled.beside(state, model)), times=rounds)
-    return [dataclasses.replace(begin, times=2 * rounds), dataclasses.replace(step, times=times), judge]
+    judge = skeleton.judge_program(attack, model, images, state)
+    counted = ((begin, 2 * rounds), (step, times), (judge, rounds))
+    return [dataclasses.replace(program, times=count) for program, count in counted]
 
 
 def _stride(attack: skeleton.Attack, given: int | None) -> int:
@@ -189,7 +190,7 @@ class _Pool:
             incoming = self._init(self.occupants)
             if self.state is None:
                 self.state = incoming.replace(done=meshes.put_global(self.mesh, ~fresh))
-                self.step = skeleton.stepping(self.state.images, self.model)
+                self.step = skeleton.by_device(skeleton.advance, self.state.images, self.model)
             else:
                 self.state = _fill(self.state, incoming, fresh)
 

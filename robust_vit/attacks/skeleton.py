@@ -219,7 +219,7 @@ class Attack(flax.struct.PyTreeNode, kw_only=True):
 def carry_out(attack: Attack, model: Model, keys: jax.Array, images: jax.Array, labels: jax.Array) -> AttackResult:
     """`attack(model, keys, images, labels)` without a look at what it is given."""
     state = start(attack, keys, images, labels)
-    state = loops.repeat(stepping(images, model), state, attack.evaluations, attack, model)
+    state = loops.repeat(by_device(advance, images, model), state, attack.evaluations, attack, model)
     return finish(attack, model, state)
 
 
@@ -286,18 +286,18 @@ def advance(state: State, index: jax.Array, attack: Attack, model: Model) -> Sta
     return state.replace(**moving)
 
 
-def stepping(images: Float[Array, "batch height width channels"], model: Model, step: Callable = advance) -> Callable:
-    """The step of a loop over an attack as the devices take it that share these images, which may be shapes.
+def by_device(function: Callable, images: Float[Array, "batch height width channels"], model: Model) -> Callable:
+    """A function of attacked examples as the devices compute it that share these images; see `mesh.Apart`.
 
-    Each takes it with its own images alone, where it holds all of the model; see `mesh.Apart`.
+    Where each of them holds all of the model, each takes its own images alone; else it is left to the compiler.
 
     Args:
-      images: where they lie says which devices share them.
+      function: `function(state, *operands)`, such as `advance`; all leaves that it takes and gives are `[batch, ...]`.
+      images: where they lie says which devices share them; they may be shapes.
       model: canonical pixels to logits; its arrays may be shapes.
-      step: in the form of `advance`, of a state whose leaves are all `[batch, ...]`.
     """
     placed = meshes.sharing(images)
-    return step if placed is None or not meshes.is_whole(model) else meshes.Apart(step, placed)
+    return function if placed is None or not meshes.is_whole(model) else meshes.Apart(function, placed)
 
 
 def programs(attack: Attack, model: Model, images: jax.ShapeDtypeStruct) -> list[compiled.Program]:
@@ -309,9 +309,8 @@ def programs(attack: Attack, model: Model, images: jax.ShapeDtypeStruct) -> list
       images: the shape of the batch.
     """
     begin, state = begin_program(attack, images)
-    step = loops.plan(stepping(images, model), state, attack.evaluations, attack, model)
-    judged = compiled.beside(state, model)
-    return [begin, step, compiled.Program("judge", finish, (attack, model, judged))]
+    step = loops.plan(by_device(advance, images, model), state, attack.evaluations, attack, model)
+    return [begin, step, judge_program(attack, model, images, state)]
 
 
 def begin_program(attack: Attack, images: jax.ShapeDtypeStruct) -> tuple[compiled.Program, State]:
@@ -322,6 +321,12 @@ def begin_program(attack: Attack, images: jax.ShapeDtypeStruct) -> tuple[compile
     arguments = (attack, keys, images, labels)
     begin = compiled.Program("start", _start, arguments, static=(meshes.sharing(images),))
     return begin, jax.eval_shape(start, *arguments)
+
+
+def judge_program(attack: Attack, model: Model, images: jax.ShapeDtypeStruct, state: State) -> compiled.Program:
+    """The program of `finish`, for shapes."""
+    arguments = (attack, model, compiled.beside(state, model))
+    return compiled.Program("judge", _finish, arguments, static=(by_device(_judge, images, model),))
 
 
 def blank(keys: jax.Array, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
@@ -361,7 +366,15 @@ def _start(placed, attack, keys, images, labels):
     return state if placed is None else jax.lax.with_sharding_constraint(state, placed)
 
 
-@jax.jit
 def finish(attack: Attack, model: Model, state: State) -> AttackResult:
     """`attack.finish`, compiled."""
+    return _finish(by_device(_judge, state.images, model), attack, model, state)
+
+
+def _judge(state: State, attack: Attack, model: Model) -> AttackResult:
     return attack.finish(model, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(judge, attack, model, state):
+    return judge(state, attack, model)

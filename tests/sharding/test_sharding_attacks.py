@@ -50,7 +50,7 @@ def test_a_suite_on_8_devices_decides_as_on_one():
     np.testing.assert_array_equal(refilled.success, plain.success)
 
 
-STEPS = {
+BUILT = {
     "pgd": {"epsilon": 0.02, "norm": "l1", "restarts": 2},
     "apgd_t": {"epsilon": 0.02, "targets": 2},
     "fab_t": {"norm": "l1", "targets": 2},
@@ -59,22 +59,24 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_in_no_step_does_a_device_wait_for_another(name):
-    attack, devices = attacks.build(name, **STEPS[name]), mesh.make()
+def _collectives(program):
+    text = program.function.trace(*program.static, *program.arguments).lower().compile().as_text()
+    return sum(text.count(f" {kind}(") for kind in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_no_device_waits_for_another(name):
+    attack, devices = attacks.build(name, **BUILT[name]), mesh.make()
     model = jax.device_put(_model(), mesh.replicated(devices))
     images, labels, rows = mesh.put_global(
         devices, (np.full((16, *SHAPE), 0.5, np.float32), np.zeros(16, np.int32), np.arange(16))
     )
     state = skeleton.start(attack, attacks.example_keys(0, rows), images, labels)
-
-    def collectives(step):
-        program = loops.plan(step, state, 3, attack, model)
-        text = program.function.trace(*program.static, *program.arguments).lower().compile().as_text()
-        return sum(text.count(f" {kind}(") for kind in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
-
-    assert collectives(skeleton.advance) > 0  # What the compiler makes of it by itself.
-    assert collectives(skeleton.stepping(images, model)) == 0
+    # What the compiler makes of it by itself.
+    assert _collectives(loops.plan(skeleton.advance, state, 3, attack, model)) > 0
+    step = skeleton.by_device(skeleton.advance, images, model)
+    assert _collectives(loops.plan(step, state, 3, attack, model)) == 0
+    assert _collectives(skeleton.judge_program(attack, model, images, state)) == 0
 
 
 def test_a_model_that_devices_share_is_attacked_by_all_together():
@@ -84,7 +86,7 @@ def test_a_model_that_devices_share_is_attacked_by_all_together():
     images, labels, rows = mesh.put_global(
         devices, (np.full((8, *SHAPE), 0.5, np.float32), np.zeros(8, np.int32), np.arange(8))
     )
-    assert skeleton.stepping(images, shared) is skeleton.advance
+    assert skeleton.by_device(skeleton.advance, images, shared) is skeleton.advance
     attack, keys = attacks.build("pgd", epsilon=0.02, steps=3), attacks.example_keys(0, rows)
     found = attack(shared, keys, images, labels)
     whole = attack(jax.device_put(_model(), mesh.replicated(devices)), keys, images, labels)
