@@ -54,8 +54,6 @@ BUILT = {
     "pgd": {"epsilon": 0.02, "norm": "l1", "restarts": 2},
     "apgd_t": {"epsilon": 0.02, "targets": 2},
     "fab_t": {"norm": "l1", "targets": 2},
-    "square": {"epsilon": 0.02},
-    "hop_skip_jump": {"norm": "l2"},
 }
 
 
