@@ -27,7 +27,7 @@ TARGETS = 9
 CANDIDATES = 10  # Classes whose boundaries FAB looks at; the published one looks at all, for a backward pass each.
 SAMPLES = 20  # Draws of a stochastic model in each evaluation of the version "rand".
 # What an image costs in half the batch. Measured on a CPU (tests/benchmarks/results/attacks.md): a gradient in batches of 4, 8
-# and 16 takes 1.30, 1.15 and 1 (ViT), 1.17, 1.06 and 1 (ResNet-20). An accelerator takes about as long for a small batch as for
+# and 16 takes 1.52, 1.19 and 1 (ViT), 1.15, 1.03 and 1 (ResNet-20). An accelerator takes about as long for a small batch as for
 # its half.
 _DEARER = {"cpu": 1.12, "accelerator": 1.9}
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 
 from robust_vit import errors, loops, programs
@@ -142,24 +142,16 @@ class _Step:
         batches: PyTree,
         context: tuple,
     ) -> PyTree:
-        operands = values, index, coordinates, params, directions, batches, context
+        rows, operands = (values, coordinates), (index, params, directions, batches, context)
         if self.mesh is None:
-            return self._evaluate(*operands)
+            return self._evaluate(rows, *operands)
         if not _spreads(self.mesh):
             whole = meshes.replicated(self.mesh)
-            return jax.lax.with_sharding_constraint(self._evaluate(*operands), whole)
-        split, whole = PartitionSpec(meshes.AXES), PartitionSpec()
-        # A loop inside of the model starts from what is the same everywhere: to check that it stays so would refuse the model.
-        evaluate = jax.shard_map(
-            self._evaluate,
-            mesh=self.mesh,
-            in_specs=(split, whole, split, whole, whole, whole, whole),
-            out_specs=split,
-            check_vma=False,
-        )
-        return evaluate(*operands)
+            return jax.lax.with_sharding_constraint(self._evaluate(rows, *operands), whole)
+        return meshes.Apart(self._evaluate, meshes.batched(self.mesh))(rows, *operands)
 
-    def _evaluate(self, values, index, coordinates, params, directions, batches, context):
+    def _evaluate(self, rows, index, params, directions, batches, context):
+        values, coordinates = rows
         count = jax.tree.leaves(batches)[0].shape[0]
         point, part = index // count, index % count
         batch = jax.tree.map(lambda leaf: leaf[part], batches)

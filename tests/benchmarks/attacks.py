@@ -185,7 +185,7 @@ def steps(model: str, ours: Ours) -> None:
         "forward pass": lambda: _forward(ours.model, images),
         "input gradient": lambda: _gradient(ours.model, images, labels),
     }
-    advance = jax.jit(skeleton.advance)
+    advance = jax.jit(skeleton.by_device(skeleton.advance, images, ours.model))
     for name, options in STEPPED.items():
         attack = attacks.build(name, **options)
         state = skeleton.start(attack, attacks.example_keys(0, part["row"]), part["image"], part["label"])
